@@ -1,0 +1,69 @@
+"""One root dataclass per command: which sections its configuration has.
+
+Closed sections are the dataclasses of ``llmkit.settings``. Open parts (model, objective, tokenizer, optim, schedule,
+trackers, callbacks) are ``_target_`` nodes; their fields live in the class that the node names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from llmkit.settings import DataConfig, DeviceConfig, EngineConfig, GenerationConfig, RunConfig
+
+Node = Mapping[str, Any]  # a ``_target_`` node, checked against the class it names
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """``llmkit pretrain``"""
+
+    run: RunConfig
+    init: str | None
+    model: Node
+    objective: Node
+    tokenizer: Node
+    data: DataConfig
+    optim: Node
+    schedule: Node
+    engine: EngineConfig
+    callbacks: Mapping[str, Node]
+    tracking: Mapping[str, Node]
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """``llmkit prepare``"""
+
+    run: RunConfig
+    init: str | None
+    tokenizer: Node
+    data: DataConfig
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """``llmkit evaluate``"""
+
+    init: str
+    data: DataConfig
+    objective: Node
+    engine: DeviceConfig
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """``llmkit generate``"""
+
+    init: str
+    generation: GenerationConfig
+    engine: DeviceConfig
+
+
+ROOTS: dict[str, type] = {
+    "pretrain": PretrainConfig,
+    "prepare": PrepareConfig,
+    "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
+}

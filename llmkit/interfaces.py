@@ -157,7 +157,6 @@ class RunInfo:
     command: str  # pretrain, finetune ...
     config: Mapping[str, Any]  # resolved, plain
     max_steps: int
-    start_step: int  # 0, or the step resumed from
     facts: Mapping[str, Any]  # parameter count, data and tokenizer fingerprints, tokens per step, versions
 
 

@@ -1,0 +1,58 @@
+# Every target sets up what it needs. `make help` lists the commented ones.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.PHONY: install
+install: $(VENV)/.installed  ## virtual environment with the tested package versions
+
+.PHONY: quickstart
+quickstart: install  ## train a small model on the embedded corpus, then sample from it
+	@$(BIN)/python -m llmkit pretrain recipe=gpt_tiny run.name=quickstart
+	@$(BIN)/python -m llmkit generate init=runs/quickstart --prompt "The with statement" generation.max_new_tokens=60
+	@echo
+	@echo "Next:  $(BIN)/llmkit evaluate init=runs/quickstart data.path=README.md"
+	@echo "       $(BIN)/llmkit pretrain recipe=gpt_tiny 'data.path=docs/*.md' run.name=mine"
+	@echo "       $(BIN)/llmkit pretrain --help"
+
+.PHONY: test
+test: install  ## the default tests (under 10 minutes on 2 cores)
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+.PHONY: test-slow
+test-slow: install  ## the long evidence: kill tests, two processes, bigger grids
+	$(BIN)/python -m pytest -m slow
+
+.PHONY: test-gpu
+test-gpu: install  ## tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+.PHONY: coverage
+coverage: install  ## branch coverage of config, data and engine
+	$(BIN)/python -m pytest -m 'not slow and not gpu' --cov --cov-report=term
+
+.PHONY: check
+check: install  ## style, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+.PHONY: format
+format: install  ## rewrite the code in the house style
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+.PHONY: clean
+clean:  ## remove what the other targets made, except runs/
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

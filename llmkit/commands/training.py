@@ -1,0 +1,274 @@
+"""What every training command builds, in reading order: text, model, engine, trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.optim import Optimizer
+
+from llmkit.config.build import build
+from llmkit.config.schema import PretrainConfig
+from llmkit.data.loader import TrainBatches, check_enough, eval_batches
+from llmkit.data.prepare import PreparedData, prepare
+from llmkit.data.sampler import SampleOrder
+from llmkit.data.token_shards import WindowDataset
+from llmkit.engine.checkpoint import Checkpoint, CheckpointStore
+from llmkit.engine.device import device_name, make_accelerator
+from llmkit.engine.evaluate import TrainModule
+from llmkit.engine.init import resolve_init
+from llmkit.engine.limits import global_batch_size, grad_accum_steps_for, steps_to_run
+from llmkit.engine.meter import Meter
+from llmkit.engine.optim import decay_groups
+from llmkit.engine.recorder import Recorder
+from llmkit.engine.throughput import peak_flops
+from llmkit.engine.trainer import Trainer
+from llmkit.errors import CheckpointError, ConfigError, DataError
+from llmkit.interfaces import Batch, Objective, RunInfo, Tokenizer
+from llmkit.models.decoder import Decoder
+from llmkit.models.hf import load_model, save_model
+from llmkit.settings import EngineConfig
+from llmkit.tokenizers.load import load_tokenizer
+from llmkit.tokenizers.report import tokenizer_report
+from llmkit.tracking.logs import log_to
+
+log = logging.getLogger("llmkit.training")
+
+Collate = Callable[[Sequence[NDArray[np.int64]]], Batch]
+
+
+@dataclass(frozen=True)
+class Text:
+    """Prepared data and the tokenizer that made it."""
+
+    prepared: PreparedData
+    tokenizer: Tokenizer
+    init: Path | None  # the model folder to start from
+
+
+def start_recorder(cfg: PretrainConfig, folder: Path, is_main: bool) -> Recorder:
+    """``train.log``, ``metrics.jsonl`` and the trackers on rank 0; a silent recorder elsewhere."""
+    if not is_main:
+        return Recorder(None)
+    log_to(folder / "train.log")
+    return Recorder(folder / "metrics.jsonl", [build(node) for node in cfg.tracking.values()])
+
+
+def load_text(cfg: PretrainConfig, *, progress: bool) -> Text:
+    """Tokenizer and token shards, from the cache where their inputs are unchanged."""
+    init = None if cfg.init is None else resolve_init(cfg.init)
+    prepared = prepare(
+        cfg.data,
+        None if init else build(cfg.tokenizer),
+        tokenizer=None if init is None else load_tokenizer(init),
+        load=load_tokenizer,
+        report=tokenizer_report,
+        seed=cfg.run.seed,
+        progress=progress,
+    )
+    return Text(prepared, load_tokenizer(prepared.tokenizer_folder), init)
+
+
+def load_decoder(cfg: PretrainConfig, text: Text, checkpoint: Checkpoint | None) -> Decoder:
+    """The model of the checkpoint, of ``init``, or a fresh one from ``model`` and the seed."""
+    if checkpoint is not None:
+        model = load_model(checkpoint.model)
+    elif text.init is not None:
+        model = load_model(text.init)
+        log.info("weights, sizes and tokenizer come from %s; the `model` section is not used", text.init)
+    else:
+        model = build(cfg.model).with_vocab(text.tokenizer.vocab_size).build()
+        model.init_weights(cfg.run.seed)
+    if cfg.data.seq_len > model.config.max_seq_len:
+        raise ConfigError(
+            f"windows of {cfg.data.seq_len} tokens, but the model takes at most {model.config.max_seq_len}",
+            where="data.seq_len",
+            fix=f"set data.seq_len to {model.config.max_seq_len} or less",
+        )
+    if text.tokenizer.vocab_size > model.config.vocab_rows:
+        raise ConfigError(
+            f"the tokenizer has {text.tokenizer.vocab_size} ids, the embedding {model.config.vocab_rows} rows",
+            where="init",
+            fix="use the tokenizer that belongs to the model",
+        )
+    if cfg.engine.activation_checkpointing:
+        model.set_activation_checkpointing(True)
+    if cfg.engine.compile:
+        model.compile_blocks()
+    return model
+
+
+def newest_checkpoint(store: CheckpointStore, cfg: PretrainConfig, data_key: str) -> Checkpoint | None:
+    """What ``run.resume`` says to continue from."""
+    checkpoint = store.newest()
+    if checkpoint is None and cfg.run.resume == "must":
+        raise CheckpointError("there is no checkpoint to resume", where=str(store.folder), fix="run.resume=auto")
+    if checkpoint is not None and cfg.run.resume == "never":
+        raise CheckpointError(
+            f"the run already has a checkpoint of step {checkpoint.step}",
+            where=str(store.folder),
+            fix="choose another run.name, or run.resume=auto to go on with it",
+        )
+    if checkpoint is not None and checkpoint.state["data_key"] != data_key:
+        raise DataError(
+            f"the text changed since step {checkpoint.step} was saved: the tokens are not the ones it was trained on",
+            where="data.path",
+            fix="bring the old files back, or train under another run.name with init=<this run>",
+        )
+    return checkpoint
+
+
+def engine_for(engine: EngineConfig, world_size: int, checkpoint: Checkpoint | None) -> EngineConfig:
+    """The engine section with the micro-batches that keep a checkpoint's global batch."""
+    configured = global_batch_size(engine, world_size)
+    saved = configured if checkpoint is None else checkpoint.state["global_batch_size"]
+    if saved == configured:
+        return engine
+    accum = grad_accum_steps_for(saved, engine, world_size)
+    if checkpoint is not None and checkpoint.state["world_size"] == world_size:
+        raise ConfigError(
+            f"the checkpoint was written with {saved} sequences a step, this command asks for {configured}",
+            where="engine.grad_accum_steps",
+            fix=f"engine.grad_accum_steps={accum}",
+        )
+    log.info("engine.grad_accum_steps=%d keeps the checkpoint's %d sequences a step", accum, saved)
+    return replace(engine, grad_accum_steps=accum)
+
+
+def collator(objective: Objective, tokenizer: Tokenizer, seq_len: int) -> Collate:
+    """Token windows to a batch, the way this objective and tokenizer want it."""
+    return partial(objective.collate, seq_len=seq_len, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+
+
+def train_batches(
+    cfg: PretrainConfig, text: Text, engine: EngineConfig, collate: Collate, rank: int, world_size: int
+) -> TrainBatches:
+    """This rank's share of the training windows, in an order that no number of ranks changes."""
+    windows = tuple(WindowDataset(shards, cfg.data.seq_len) for shards in text.prepared.train)
+    weights = None if cfg.data.weights is None else tuple(cfg.data.weights)
+    order = SampleOrder(tuple(w.n_sequences for w in windows), weights, cfg.run.seed)
+    check_enough(order.n_samples, global_batch_size(engine, world_size))
+    return TrainBatches(
+        windows, order, collate, engine.micro_batch_size, engine.grad_accum_steps, rank, world_size
+    )
+
+
+def val_loader(
+    cfg: PretrainConfig, text: Text, collate: Collate, rank: int, world_size: int
+) -> Callable[[], Iterator[Batch]] | None:
+    """A fresh pass over the validation windows at each call; None when there is no validation text."""
+    if text.prepared.val is None:
+        return None
+    windows = WindowDataset(text.prepared.val, cfg.data.seq_len)
+    size = cfg.engine.eval_batch_size or cfg.engine.micro_batch_size
+    return partial(eval_batches, windows, collate, size, rank, world_size)
+
+
+def describe_run(
+    cfg: PretrainConfig, text: Text, folder: Path, model: Decoder, batch_size: int, n_sequences: int
+) -> RunInfo:
+    """What the trackers, the callbacks and the checkpoints say of this run."""
+    return RunInfo(
+        name=cfg.run.name,
+        folder=folder,
+        command="pretrain",
+        config=asdict(cfg),
+        max_steps=steps_to_run(
+            cfg.engine, batch_size=batch_size, seq_len=cfg.data.seq_len, n_sequences=n_sequences
+        ),
+        facts={
+            "n_params": model.config.n_params(),
+            "tokens_per_step": batch_size * cfg.data.seq_len,
+            "n_sequences": n_sequences,
+            "data_key": text.prepared.folder.name,
+            "tokenizer": text.tokenizer.fingerprint,
+        },
+    )
+
+
+def checkpoint_writer(
+    store: CheckpointStore, recorder: Recorder, text: Text, data_key: str
+) -> Callable[[Trainer, bool], None]:
+    """The trainer's ``save``: weights as a Hugging Face folder, optimizer, progress; published by one rename."""
+
+    def save(trainer: Trainer, best: bool) -> None:
+        if not trainer.accelerator.is_main_process:
+            return
+        state = trainer.state() | {"metrics_offset": recorder.secured_offset(), "data_key": data_key}
+
+        def write_model(folder: Path) -> None:
+            save_model(trainer.module.model, folder, text.tokenizer)
+            text.tokenizer.save(folder)
+
+        store.save(
+            trainer.progress.step,
+            state=state,
+            tensors=trainer.optimizer_tensors(),
+            write_model=write_model,
+            best=best,
+        )
+
+    return save
+
+
+def build_optimizer(node: Mapping[str, Any], model: Decoder) -> Optimizer:
+    """The ``optim`` node: an llmkit optimizer, or any of ``torch.optim`` with the same two parameter groups."""
+    if node["_target_"].startswith("torch.optim."):
+        groups = decay_groups(model.parameters(), node.get("weight_decay", 0.0))
+        optimizer: Optimizer = build(node, params=groups)
+        return optimizer
+    return build(node).build(model)  # type: ignore[no-any-return]
+
+
+def make_trainer(
+    cfg: PretrainConfig, text: Text, folder: Path, recorder: Recorder, stop_requested: Callable[[], bool]
+) -> Trainer:
+    """Everything from the newest checkpoint to a trainer whose ``fit`` can be called."""
+    data_key = text.prepared.folder.name
+    store = CheckpointStore(
+        folder / "checkpoints", keep_last=cfg.engine.keep_last, keep_best=cfg.engine.keep_best
+    )
+    checkpoint = newest_checkpoint(store, cfg, data_key)
+    model = load_decoder(cfg, text, checkpoint)
+    accelerator = make_accelerator(cfg.engine)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    engine = engine_for(cfg.engine, world_size, checkpoint)
+    objective = build(cfg.objective)
+    collate = collator(objective, text.tokenizer, cfg.data.seq_len)
+    batches = train_batches(cfg, text, engine, collate, rank, world_size)
+    batch_size = global_batch_size(engine, world_size)
+    run = describe_run(cfg, text, folder, model, batch_size, batches.order.n_samples)
+    trainer = Trainer(
+        accelerator=accelerator,
+        module=TrainModule(model, objective).to(accelerator.device),
+        optimizer=build_optimizer(cfg.optim, model),
+        schedule=build(cfg.schedule),
+        engine=engine,
+        seed=cfg.run.seed,
+        global_batch_size=batch_size,
+        load_step=batches.step,
+        val_batches=val_loader(cfg, text, collate, rank, world_size),
+        val_bytes=0 if text.prepared.val is None else text.prepared.val.n_bytes,
+        record=recorder,
+        save=checkpoint_writer(store, recorder, text, data_key),
+        stop_requested=stop_requested,
+        callbacks=[build(node, tokenizer=text.tokenizer) for node in cfg.callbacks.values()],
+        run=run,
+        meter=Meter(
+            model.config.flops_per_token(cfg.data.seq_len),
+            peak_flops(device_name(accelerator.device), engine.precision),
+            world_size,
+            accelerator.device.type,
+        ),
+    )
+    if checkpoint is not None:
+        trainer.restore(checkpoint.state, checkpoint.tensors())
+        log.info("resuming %s after step %d", cfg.run.name, checkpoint.step)
+    recorder.start(run, offset=0 if checkpoint is None else checkpoint.state["metrics_offset"])
+    return trainer

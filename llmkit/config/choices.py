@@ -1,0 +1,223 @@
+"""Which file every config group takes its values from: reads the folders, checks the spelling, asks Hydra to merge.
+
+A recipe outside the config folders (``recipe=path/to/mine.yaml``) is read by ``yaml_file`` and handed to Hydra as an
+option of the group ``recipe``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from llmkit.config.overrides import COMMAND_LINE, Override, quoted
+from llmkit.config.suggest import did_you_mean, nearest
+from llmkit.config.yaml_file import YamlFile, read_yaml
+from llmkit.errors import ConfigError, Problem
+
+USER_RECIPE = "the_users_own"  # the option's name inside Hydra
+
+
+def recipes_dir() -> Path:
+    """The config folder that belongs to this package: inside an installed wheel, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    inside = package / "recipes"
+    return inside if inside.is_dir() else package.parent / "recipes"
+
+
+def config_folders(config_dir: Path | None) -> list[Path]:
+    """Where groups and roots are looked for, the user's folder first."""
+    if config_dir is None:
+        return [recipes_dir()]
+    if not config_dir.is_dir():
+        raise ConfigError("no such folder", where=f"--config-dir {config_dir}")
+    return [config_dir.resolve(), recipes_dir()]
+
+
+class Choices:
+    """The groups of one command, their options, and what the command line chose."""
+
+    def __init__(self, command: str, config_dir: Path | None) -> None:
+        self.command = command
+        self.folders = config_folders(config_dir)
+        self._files: dict[Path, YamlFile] = {}
+        self.chosen = self._defaults(command)  # group -> option, None where nothing is chosen
+        self.options = {group: self._options(group) for group in self.chosen}
+        self.problems: list[Problem] = []
+        self.hydra: list[str] = []
+        self.recipe_file: YamlFile | None = None
+
+    def find(self, config: str) -> Path | None:
+        """The file of ``group/option`` or of a root."""
+        paths = (folder / f"{config}.yaml" for folder in self.folders)
+        return next((path for path in paths if path.is_file()), None)
+
+    def read(self, path: Path) -> YamlFile:
+        if path not in self._files:
+            self._files[path] = read_yaml(path)
+        return self._files[path]
+
+    def _defaults(self, root: str) -> dict[str, str | None]:
+        file = self.find(root)
+        if file is None:
+            raise ConfigError(f"no file {root}.yaml", where=", ".join(map(str, self.folders)))
+        found: dict[str, str | None] = {}
+        for entry in self.read(file).tree.get("defaults", []):
+            if isinstance(entry, dict):
+                found |= entry
+            elif entry != "_self_":
+                found |= self._defaults(entry)
+        return found
+
+    def _options(self, group: str) -> list[str]:
+        found = set()
+        for folder in self.folders:
+            for path in (folder / group).rglob("*.yaml"):
+                found.add(path.relative_to(folder / group).with_suffix("").as_posix())
+                if folder != recipes_dir():
+                    self.read(path)  # Hydra would load it without any limit
+        return sorted(found)
+
+    # -- the command line -------------------------------------------------------------------------------------------
+
+    def takes(self, override: Override) -> bool:
+        """Whether ``override`` chooses an option (``model=gpt2``) and is not a value."""
+        if "@" in override.key or "/" in override.key:
+            return True
+        return override.key in self.chosen and override.kind == "set" and not isinstance(override.value, dict)
+
+    def add(self, override: Override) -> None:
+        group, option = override.key, override.value
+        if group not in self.chosen:
+            self.hydra.append(override.hydra)
+        elif group == "recipe" and isinstance(option, str) and self._is_path(option):
+            self._use_file(Path(option).expanduser())
+        elif option is None and group == "recipe":
+            return
+        else:
+            self._choose(group, option, override.raw)
+
+    def _is_path(self, option: str) -> bool:
+        return option not in self.options["recipe"] and (option.endswith((".yaml", ".yml")) or "/" in option)
+
+    def _choose(self, group: str, option: Any, raw: str) -> None:
+        """Take ``option``, or the nearest one so that the rest can still be checked."""
+        taken = self._corrected(group, option if isinstance(option, str) else raw, COMMAND_LINE)
+        if taken is not None:
+            self.chosen[group] = taken
+            self.hydra.append(f"{group}={taken}")
+
+    def _corrected(self, group: str, option: str, origin: str) -> str | None:
+        options = self.options[group]
+        if option in options:
+            return option
+        guess = nearest(option, options)
+        fix = did_you_mean(guess) or f"one of {', '.join(options)}"
+        if group == "data" and ("/" in option or "." in option):
+            fix = f"did you mean data.path={option}?"
+        self.problems.append(Problem(group, f"no option {option[:80]!r}", origin, fix))
+        return guess
+
+    # -- a recipe of the user's own ---------------------------------------------------------------------------------
+
+    def _use_file(self, path: Path) -> None:
+        if not path.is_file():
+            guess = nearest(path.stem, self.options["recipe"])
+            self.problems.append(Problem("recipe", f"no such file: {path}", COMMAND_LINE, did_you_mean(guess)))
+            return
+        file = read_yaml(path)
+        file.tree["defaults"] = list(self._sound_defaults(file))
+        self.recipe_file = file
+        self.chosen["recipe"] = str(path)
+        self.hydra.append(f"recipe={USER_RECIPE}")
+
+    def _sound_defaults(self, file: YamlFile) -> Iterator[Any]:
+        """Entries of the recipe's defaults list, misspelt options replaced by the nearest."""
+        entries = file.tree.get("defaults", [])
+        origin = f"{file.path}:{file.lines.get('defaults', 1)}"
+        if not isinstance(entries, list):
+            self.problems.append(Problem("defaults", "must be a list", origin))
+            return
+        for entry in entries:
+            yield from self._sound_entry(entry, origin)
+
+    def _sound_entry(self, entry: Any, origin: str) -> Iterator[Any]:
+        if isinstance(entry, str):
+            option = entry if entry == "_self_" else self._corrected("recipe", entry, origin)
+            yield from [option] if option else []
+            return
+        for key, option in entry.items() if isinstance(entry, dict) else []:
+            group = key.removeprefix("override ").strip().lstrip("/")
+            if group not in self.chosen or not isinstance(option, str):
+                guess = nearest(group, self.chosen)
+                fix = did_you_mean(guess and f"override /{guess}: ...")
+                self.problems.append(Problem("defaults", f"no such group: {key}", origin, fix))
+            elif taken := self._corrected(group, option, origin):
+                yield {f"override /{group}": taken}
+
+
+def load(picked: Choices) -> tuple[dict[str, Any], list[tuple[str, YamlFile]]]:
+    """The merged tree, interpolations still in it, and its (package, file) layers, the last one winning."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+
+    overrides = [*picked.hydra, *search_path(picked)]
+    store_recipe(picked)
+    try:
+        with initialize_config_dir(str(picked.folders[0]), **version_base()):
+            config = compose(picked.command, overrides)
+            loader = GlobalHydra.instance().config_loader()
+            layers = loader.compute_defaults_list(picked.command, overrides, RunMode.RUN).defaults
+    except HydraException as error:
+        raise _composition_error(error, picked) from None
+    tree = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(tree, dict)
+    files = [(layer.package or "", _file_of(picked, layer.config_path)) for layer in layers if not _is_hydras(layer)]
+    return {str(key): value for key, value in tree.items()}, [(package, file) for package, file in files if file]
+
+
+def _composition_error(error: Exception, picked: Choices) -> ConfigError:
+    reason = error.__cause__ or error
+    return ConfigError(
+        f"the configuration cannot be composed: {str(reason).splitlines()[0]}",
+        where=", ".join(picked.hydra),
+        problems=tuple(picked.problems),
+    )
+
+
+def _is_hydras(layer: Any) -> bool:
+    return layer.config_path is None or layer.config_path.startswith("hydra/")
+
+
+def _file_of(picked: Choices, config: str) -> YamlFile | None:
+    if config == f"recipe/{USER_RECIPE}":
+        return picked.recipe_file
+    path = picked.find(config)
+    return picked.read(path) if path else None
+
+
+def search_path(picked: Choices) -> list[str]:
+    """Hydra reads the first folder as its main one; this names the others."""
+    others = ",".join(quoted(f"file://{folder}") for folder in picked.folders[1:])
+    return [f"hydra.searchpath=[{others}]"] if others else []
+
+
+def store_recipe(picked: Choices) -> None:
+    if picked.recipe_file is not None:
+        from hydra.core.config_store import ConfigStore
+        from omegaconf import OmegaConf
+
+        node = OmegaConf.create(picked.recipe_file.tree)
+        ConfigStore.instance().store(
+            name=USER_RECIPE, node=node, group="recipe", package="_global_", provider=str(picked.recipe_file.path)
+        )
+
+
+def version_base() -> dict[str, Any]:
+    """Hydra 1.3 wants to be told which behaviour is expected; 1.4 deprecates being told."""
+    from hydra import __version__
+
+    return {"version_base": "1.3"} if __version__.startswith("1.3.") else {}

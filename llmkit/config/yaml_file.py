@@ -1,0 +1,154 @@
+"""Reads one YAML file as plain data, within limits, and remembers the line and the comment of every key.
+
+Only plain scalars, lists and mappings pass: no tags, no repeated keys, no self-reference, at most 1 MB, 100 levels
+and 100,000 values once aliases are unfolded. The limits are checked on the event stream, before anything is built.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from llmkit.errors import ConfigError
+
+MAX_BYTES = 1_000_000
+MAX_DEPTH = 100
+MAX_VALUES = 100_000
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class YamlFile:
+    """``tree`` is the plain content; ``lines`` and ``comments`` are keyed by dotted path."""
+
+    path: Path
+    tree: dict[str, Any]
+    lines: dict[str, int]
+    comments: dict[str, str]
+    header: str
+
+
+def read_yaml(path: Path) -> YamlFile:
+    """Read ``path``; raises ConfigError with the line where the file is not plain YAML or breaks a limit."""
+    text = _read_text(path)
+    try:
+        _check_limits(text, path)
+        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
+        root = yaml.compose(text, Loader=_LOADER)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"not valid YAML: {error.problem or error.context}", where=f"{path}:{line}") from None
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"not valid YAML: {str(error).splitlines()[0]}", where=str(path)) from None
+    if not isinstance(tree, dict):
+        raise ConfigError("the file must hold 'key: value' lines", where=f"{path}:1")
+    rows = text.splitlines()
+    lines, comments = {}, {}
+    for key, line, end_line, end_column in _keys(root):
+        lines[key] = line + 1
+        comments[key] = _comment(rows[end_line][end_column:])
+    plain = {str(key): value for key, value in tree.items()}
+    return YamlFile(path, plain, lines, comments, header_of(text))
+
+
+def header_of(text: str) -> str:
+    """First comment line that is not a Hydra package directive: what a recipe or group says of itself."""
+    for row in text.splitlines():
+        if not row.startswith("#"):
+            return ""
+        if "@package" not in row:
+            return row.lstrip("# ").rstrip()
+    return ""
+
+
+def dump(tree: Any) -> str:
+    """YAML text that ``read_yaml`` reads back equal: keys in order, no aliases, floats that stay floats."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ConfigError(f"a config file may hold at most {MAX_BYTES:,} bytes", where=str(path))
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8: byte {error.start}", where=str(path)) from None
+    except OSError as error:
+        raise ConfigError(f"cannot read the file: {error.strerror}", where=str(path)) from None
+
+
+@dataclass
+class _Limits:
+    """Counts values with aliases unfolded, in one pass over the events."""
+
+    path: Path
+    sizes: dict[str, int] = field(default_factory=dict)
+    open_parts: list[tuple[str | None, int]] = field(default_factory=lambda: [(None, 0)])
+
+    def refuse(self, what: str, event: yaml.Event) -> None:
+        raise ConfigError(what, where=f"{self.path}:{event.start_mark.line + 1}")
+
+    def add(self, n_values: int, event: yaml.Event) -> None:
+        anchor, total = self.open_parts.pop()
+        self.open_parts.append((anchor, total + n_values))
+        if total + n_values > MAX_VALUES:
+            self.refuse(f"more than {MAX_VALUES:,} values once aliases are unfolded", event)
+
+    def take(self, event: yaml.Event) -> None:
+        if getattr(event, "tag", None) is not None:
+            self.refuse(f"YAML tags are not allowed: {str(event.tag)[:60]}", event)
+        if isinstance(event, yaml.CollectionStartEvent):
+            self.open_parts.append((event.anchor, 1))
+            if len(self.open_parts) > MAX_DEPTH:
+                self.refuse(f"nested deeper than {MAX_DEPTH} levels", event)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = self.open_parts.pop()
+            self._close(anchor, size, event)
+        elif isinstance(event, yaml.ScalarEvent):
+            self._close(event.anchor, 1, event)
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in self.sizes:
+                self.refuse(f"the alias *{event.anchor} refers to nothing before it", event)
+            self.add(self.sizes[event.anchor], event)
+
+    def _close(self, anchor: str | None, size: int, event: yaml.Event) -> None:
+        if anchor is not None:
+            self.sizes[anchor] = size
+        self.add(size, event)
+
+
+def _check_limits(text: str, path: Path) -> None:
+    limits = _Limits(path)
+    for event in yaml.parse(text, Loader=_LOADER):
+        limits.take(event)
+
+
+def _keys(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int, int, int]]:
+    """Dotted key, its line, and the line and column after which its comment may stand."""
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key, value in node.value:
+        path = f"{prefix}{key.value}"
+        one_line = value.start_mark.line == value.end_mark.line == key.start_mark.line
+        end = value.end_mark if one_line else key.end_mark
+        yield path, key.start_mark.line, end.line, end.column
+        yield from _keys(value, f"{path}.")
+
+
+def _comment(rest: str) -> str:
+    """The comment in what follows a value on its line."""
+    before, mark, text = rest.partition("#")
+    return text.strip() if mark and not before.strip(" :") else ""

@@ -1,0 +1,218 @@
+"""The two passes over the text, as they run in worker processes: ``scan_chunk`` and ``encode_chunk``.
+
+The scan tells the parent what is there (hashes, counts, a sample of the text); the parent decides which documents are kept and
+where they go; the second pass reads the text again and writes token shards. Neither holds more than one batch of text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmkit.data.leaks import ValidationWindows, WindowIndex
+from llmkit.data.readers.base import BadRow, Chunk, Document, read_chunk
+from llmkit.data.token_shards import ShardWriter, Vocabulary
+from llmkit.errors import DataError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmkit.interfaces import Tokenizer
+    from llmkit.settings import DataConfig
+
+BATCH_BYTES = 1 << 20
+N_EXAMPLES = 5
+SAMPLE_END = b"\0"  # ends each document of a sample file; no document holds it
+_SAMPLE_ODD = np.uint64(0x9E3779B97F4A7C15)  # makes the sample independent of the validation split
+
+
+@dataclass
+class Batch:
+    """Some consecutive documents of a chunk."""
+
+    texts: list[str] = field(default_factory=list)
+    raw: list[bytes] = field(default_factory=list)  # the same in UTF-8
+    n_cut: int = 0
+
+    def hashes(self) -> NDArray[np.uint64]:
+        """64 bits of BLAKE2b of each text."""
+        digests = (hashlib.blake2b(raw, digest_size=8).digest() for raw in self.raw)
+        return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
+
+
+def read_batches(chunk: Chunk, data: DataConfig, on_bad: Callable[[BadRow], None]) -> Iterator[Batch]:
+    """The documents of a chunk; bad rows go to ``on_bad``. Raises DataError naming a file that cannot be read any more."""
+    batch, size = Batch(), 0
+    for row in _rows(chunk, data):
+        if isinstance(row, BadRow):
+            on_bad(row)
+            continue
+        batch.texts.append(row.text)
+        batch.raw.append(row.text.encode())
+        batch.n_cut += row.cut
+        size += len(batch.raw[-1])
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = Batch(), 0
+    if batch.texts:
+        yield batch
+
+
+def _rows(chunk: Chunk, data: DataConfig) -> Iterator[Document | BadRow]:
+    try:
+        yield from read_chunk(chunk, data)
+    except OSError as error:
+        raise DataError(f"the file cannot be read: {error.strerror}", where=chunk.path) from error
+
+
+def belongs_to_val(hashes: NDArray[np.uint64], val_below: int | None) -> NDArray[np.bool_]:
+    """Which documents are validation data: those whose hash is below a bound, or all (None)."""
+    if val_below is None:
+        return np.ones(hashes.size, bool)
+    return hashes < np.uint64(val_below)
+
+
+@dataclass(frozen=True)
+class ScanTask:
+    chunk: Chunk
+    data: DataConfig
+    val_below: int | None
+    sample_fraction: float
+    sample_path: Path
+
+
+@dataclass
+class ChunkScan:
+    """What one chunk holds. ``sample`` has the places in the chunk of the documents written to the sample file."""
+
+    hashes: NDArray[np.uint64]
+    sample: NDArray[np.int64]
+    windows: ValidationWindows
+    bad: Counter[str] = field(default_factory=Counter)
+    bad_examples: list[BadRow] = field(default_factory=list)
+    n_bytes: int = 0
+    n_cut: int = 0
+
+    def add_bad(self, row: BadRow) -> None:
+        self.bad[row.reason] += 1
+        if len(self.bad_examples) < N_EXAMPLES:
+            self.bad_examples.append(row)
+
+
+def scan_chunk(task: ScanTask) -> ChunkScan:
+    """First pass over one chunk."""
+    scan = ChunkScan(np.empty(0, np.uint64), np.empty(0, np.int64), ValidationWindows())
+    hashes, sampled, n_seen = [scan.hashes], [scan.sample], 0
+    with task.sample_path.open("wb") as file:
+        for batch in read_batches(task.chunk, task.data, scan.add_bad):
+            hashes.append(batch.hashes())
+            chosen = in_sample(hashes[-1], task.sample_fraction)
+            chosen[0] |= n_seen == 0
+            sampled.append(np.flatnonzero(chosen) + n_seen)
+            file.writelines(batch.raw[place] + SAMPLE_END for place in np.flatnonzero(chosen))
+            val = belongs_to_val(hashes[-1], task.val_below)
+            scan.windows.add([batch.raw[place] for place in np.flatnonzero(val)])
+            scan.n_bytes += sum(map(len, batch.raw))
+            scan.n_cut += batch.n_cut
+            n_seen += len(batch.raw)
+    scan.hashes, scan.sample = np.concatenate(hashes), np.concatenate(sampled)
+    return scan
+
+
+def in_sample(hashes: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
+    """A fixed pseudo-random choice of about ``fraction`` of the documents."""
+    if fraction >= 1:
+        return np.ones(hashes.size, bool)
+    return hashes * _SAMPLE_ODD < np.uint64(int(fraction * 2**64))
+
+
+@dataclass(frozen=True)
+class EncodeTask:
+    """``keep`` holds one bit a document (None: all); ``digest`` is ``digest_of`` the hashes seen by the scan."""
+
+    chunk: Chunk
+    data: DataConfig
+    val_below: int | None
+    keep: bytes | None
+    digest: str
+    load: Callable[[Path], Tokenizer]
+    tokenizer_folder: Path
+    vocabulary: Vocabulary
+    window_index: Path | None
+    train_path: Path
+    val_path: Path
+
+
+@dataclass
+class ChunkTokens:
+    """Sums over the documents of one chunk that were written, and the validation windows met in its training text."""
+
+    n_tokens: dict[str, int]
+    n_bytes: dict[str, int]
+    n_documents: dict[str, int]
+    windows_found: NDArray[np.int64]
+
+
+def digest_of(hashes: NDArray[np.uint64]) -> str:
+    return hashlib.blake2b(hashes.tobytes(), digest_size=16).hexdigest()
+
+
+# One entry: a process works for one preparation at a time, and each has a folder of its own.
+_load_tokenizer = lru_cache(maxsize=1)(lambda load, folder: load(folder))
+_load_index = lru_cache(maxsize=1)(WindowIndex.load)
+
+
+def encode_chunk(task: EncodeTask) -> ChunkTokens:
+    """Second pass over one chunk: writes its training and its validation shard."""
+    tokenizer: Tokenizer = _load_tokenizer(task.load, task.tokenizer_folder)
+    index = _load_index(task.window_index) if task.window_index else None
+    hashes, found = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+    keep = None if task.keep is None else np.unpackbits(np.frombuffer(task.keep, np.uint8)).astype(bool)
+    with ShardWriter(task.train_path, task.vocabulary) as train, ShardWriter(task.val_path, task.vocabulary) as val:
+        n_seen = 0
+        for batch in read_batches(task.chunk, task.data, lambda _: None):
+            hashes.append(batch.hashes())
+            kept = _kept(keep, n_seen, hashes[-1].size)
+            is_val = belongs_to_val(hashes[-1], task.val_below)
+            for writer, places in ((train, kept & ~is_val), (val, kept & is_val)):
+                _write(writer, tokenizer, batch, np.flatnonzero(places))
+            if index:
+                found.append(index.found_in([batch.raw[place] for place in np.flatnonzero(kept & ~is_val)]))
+            n_seen += hashes[-1].size
+        if digest_of(np.concatenate(hashes)) != task.digest:
+            raise changed(task.chunk.path)
+    writers = {"train": train, "val": val}
+    return ChunkTokens(
+        {split: writer.n_tokens for split, writer in writers.items()},
+        {split: writer.n_bytes for split, writer in writers.items()},
+        {split: writer.n_documents for split, writer in writers.items()},
+        np.unique(np.concatenate(found)),
+    )
+
+
+def _kept(keep: NDArray[np.bool_] | None, start: int, n: int) -> NDArray[np.bool_]:
+    """The bits of ``n`` documents from ``start``; a changed file may have more documents than bits."""
+    bits = np.ones(n, bool)
+    if keep is not None:
+        known = keep[start : start + n]
+        bits[: known.size] = known
+    return bits
+
+
+def _write(writer: ShardWriter, tokenizer: Tokenizer, batch: Batch, places: NDArray[np.int64]) -> None:
+    if places.size:
+        ids = tokenizer.encode_batch([batch.texts[place] for place in places])
+        writer.add(ids, sum(len(batch.raw[place]) for place in places))
+
+
+def changed(path: str) -> DataError:
+    return DataError(
+        "the file changed while it was being prepared", where=path, fix="start again once nothing writes to it"
+    )

@@ -1,0 +1,220 @@
+"""Finds sources and reads them in chunks, whatever their format.
+
+A reader is a module of this package with ``SUFFIXES`` (file formats) or ``BUILTIN`` (an embedded corpus), and two functions::
+
+    split(path: str, chunk_bytes: int) -> list[Chunk]
+    read(chunk: Chunk, settings: DataConfig) -> Iterator[Document | BadRow]
+
+It is found by its place in this folder. Optional: ``first_line(chunk)``, the line of the file at which a chunk starts, where
+lines are counted from the chunk; ``fields(path, settings)``, the names of the fields seen in the first rows.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib
+import os
+import pkgutil
+import platform
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import cast
+
+from llmkit.data.readers.records import BadRow, Chunk, Document, Reason
+from llmkit.data.readers.streams import COMPRESSIONS, open_file
+from llmkit.errors import DataError
+from llmkit.settings import DataConfig
+
+__all__ = [
+    "BadRow",
+    "Chunk",
+    "Document",
+    "Found",
+    "Reason",
+    "absolute_line",
+    "chunks_of",
+    "expand_paths",
+    "fields_found",
+    "find_sources",
+    "fingerprint",
+    "read_chunk",
+]
+
+BUILTIN_PREFIX = "builtin:"
+FORMAT_VERSION = 1  # raise when any reader yields other documents for the same bytes: a part of every fingerprint
+_EDGE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True)
+class Found:
+    """The sources behind a ``data.path``, in a fixed order, and how many files in folders had no known suffix."""
+
+    paths: list[str]
+    n_ignored: int
+
+
+@cache
+def _readers() -> dict[str, ModuleType]:
+    """Reader modules by suffix (``.txt``) or built-in name (``builtin:python_docs``)."""
+    found: dict[str, ModuleType] = {}
+    package = importlib.import_module(__package__ or "llmkit.data.readers")
+    for info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f"{package.__name__}.{info.name}")
+        found.update(dict.fromkeys(getattr(module, "SUFFIXES", ()), module))
+        if hasattr(module, "BUILTIN"):
+            found[BUILTIN_PREFIX + module.BUILTIN] = module
+    return found
+
+
+def _module_of(path: str) -> ModuleType | None:
+    if path.startswith(BUILTIN_PREFIX):
+        return _readers().get(path)
+    name = path.lower()
+    stem, compression = os.path.splitext(name)
+    suffix = os.path.splitext(stem)[1] if compression in COMPRESSIONS else compression
+    module = _readers().get(suffix)
+    if compression in COMPRESSIONS and not getattr(module, "COMPRESSED", False):
+        return None
+    return module
+
+
+def _known() -> str:
+    return ", ".join(sorted(_readers()))
+
+
+def find_sources(path: str | list[str]) -> Found:
+    """Files behind a file, folder, glob, built-in name, or a list of these.
+
+    Folders are searched recursively through symbolic links, each real folder once; hidden names and unknown suffixes are
+    ignored and counted. Raises ``DataError`` when nothing is found, or a named file has no reader.
+    """
+    entries = [path] if isinstance(path, str) else path
+    found = [_expand(entry) for entry in entries]
+    paths = [name for one in found for name in one.paths]
+    if not paths:
+        raise DataError("data.path names no source", where="data.path", fix="give a file, a folder or a glob")
+    return Found(paths, sum(one.n_ignored for one in found))
+
+
+def expand_paths(path: str | list[str]) -> list[str]:
+    """The paths of ``find_sources``."""
+    return find_sources(path).paths
+
+
+def _expand(entry: str) -> Found:
+    if entry.startswith(BUILTIN_PREFIX):
+        if _module_of(entry) is None:
+            raise DataError(f"there is no built-in corpus {entry!r}", where="data.path", fix=f"use one of {_known()}")
+        return Found([entry], 0)
+    name = os.path.expanduser(entry)
+    if os.path.isdir(name):
+        return _folder(name)
+    if os.path.lexists(name):
+        return Found([_checked(name)], 0)
+    matches = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []
+    if not matches:
+        raise DataError(
+            f"nothing is found at {entry!r}",
+            where="data.path",
+            fix=f"check the spelling; relative paths start at {os.getcwd()!r}",
+        )
+    parts = [_folder(match) if os.path.isdir(match) else Found([_checked(match)], 0) for match in matches]
+    return Found([path for part in parts for path in part.paths], sum(part.n_ignored for part in parts))
+
+
+def _checked(name: str) -> str:
+    if _module_of(name) is None:
+        raise DataError(
+            f"no reader for {os.path.basename(name)!r}",
+            where=name,
+            fix=f"known are {_known()}, text formats also with .gz or .zst; rename the file or convert it",
+        )
+    return name
+
+
+def _folder(folder: str) -> Found:
+    paths: list[str] = []
+    ignored = _walk(folder, paths, set())
+    if not paths:
+        raise DataError(
+            f"the folder holds no file that can be read ({ignored} ignored)", where=folder, fix=f"known are {_known()}"
+        )
+    return Found(sorted(paths), ignored)
+
+
+def _walk(folder: str, paths: list[str], seen: set[str]) -> int:
+    """Appends the readable files under ``folder`` to ``paths``; the number of ignored ones."""
+    real = os.path.realpath(folder)
+    if real in seen:
+        return 0
+    seen.add(real)
+    ignored = 0
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"the folder cannot be read: {error.strerror}", where=folder) from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            ignored += 1
+        elif os.path.isdir(entry.path):
+            ignored += _walk(entry.path, paths, seen)
+        elif _module_of(entry.name) is None:
+            ignored += 1
+        else:
+            paths.append(entry.path)
+    return ignored
+
+
+def fingerprint(path: str) -> str:
+    """SHA-256 that changes when the source does: size, modification time, first and last 64 KiB; for a built-in, the
+    Python version, whose library it is."""
+    digest = hashlib.sha256(f"{FORMAT_VERSION}:".encode())
+    if path.startswith(BUILTIN_PREFIX):
+        digest.update(f"{path}:{platform.python_implementation()}:{platform.python_version()}".encode())
+        return digest.hexdigest()
+    with open_file(path) as file:
+        stat = os.fstat(file.fileno())
+        digest.update(f"{stat.st_size}:{stat.st_mtime_ns}:".encode())
+        digest.update(file.read(_EDGE_BYTES))
+        file.seek(max(0, stat.st_size - _EDGE_BYTES))
+        digest.update(file.read(_EDGE_BYTES))
+    return digest.hexdigest()
+
+
+def chunks_of(paths: Iterable[str], chunk_bytes: int) -> list[Chunk]:
+    """The chunks of all sources in order. Looks at the head of every file: one in a foreign encoding or with the wrong
+    suffix raises ``DataError`` here, before any work is spread over processes."""
+    chunks: list[Chunk] = []
+    for path in paths:
+        module = _module_of(path)
+        if module is None:
+            _checked(path)
+        else:
+            chunks += module.split(path, chunk_bytes)
+    return chunks
+
+
+def read_chunk(chunk: Chunk, data: DataConfig) -> Iterator[Document | BadRow]:
+    """Documents and bad rows of one chunk, in order. Uses of ``data``: ``text_field``, ``max_document_bytes``,
+    ``max_line_bytes``."""
+    module = importlib.import_module(f"{__package__}.{chunk.reader}")
+    return cast("Iterator[Document | BadRow]", module.read(chunk, data))
+
+
+def absolute_line(chunk: Chunk, line: int) -> int:
+    """The line (row) of the file for a ``line`` that counts from the start of ``chunk``.
+
+    Reads the file up to the chunk: for the few lines shown to a user, not for all.
+    """
+    module = importlib.import_module(f"{__package__}.{chunk.reader}")
+    first = module.first_line(chunk) if hasattr(module, "first_line") else 1
+    return int(first) + line - 1
+
+
+def fields_found(path: str, data: DataConfig) -> list[str]:
+    """Names of the fields in the first rows of a source: what to offer when ``data.text_field`` is in none."""
+    module = _module_of(path)
+    return sorted(module.fields(path, data)) if hasattr(module, "fields") else []

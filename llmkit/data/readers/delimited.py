@@ -1,0 +1,96 @@
+"""Comma- and tab-separated tables with a header row, quoted as in RFC 4180; the text is in column ``data.text_field``."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+
+from llmkit.data.readers.records import BadRow, Chunk, Document, documents
+from llmkit.data.readers.streams import check_head, compression_of, lines, open_chunk, open_text
+from llmkit.errors import DataError
+from llmkit.settings import DataConfig
+
+SUFFIXES = (".csv", ".tsv")
+COMPRESSED = True
+
+
+def split(path: str, chunk_bytes: int) -> list[Chunk]:
+    """One chunk: where a row begins is known only from the start of the file, since a quoted field may hold line ends."""
+    check_head(path)
+    size = os.path.getsize(path)
+    return [Chunk(path, 0, size, "delimited")] if size else []
+
+
+def read(chunk: Chunk, settings: DataConfig) -> Iterator[Document | BadRow]:
+    """Holds one row of at most ``data.max_line_bytes``. A quote that is never closed is an error, not a long document."""
+    with open_chunk(chunk) as stream:
+        table = _Table(stream, chunk.path, settings.max_line_bytes)
+        header = table.header()
+        column = _column(header, settings.text_field, chunk.path) if header else 0
+        for row in table:
+            if not row:
+                continue  # a blank line
+            if len(row) != len(header):
+                yield BadRow(table.row_line, "wrong column count")
+            else:
+                yield from documents(row[column], table.row_line, settings.max_document_bytes)
+
+
+def fields(path: str, settings: DataConfig) -> list[str]:
+    """The columns."""
+    with open_text(path) as stream:
+        return _Table(stream, path, settings.max_line_bytes).header()
+
+
+def _column(header: list[str], field: str, path: str) -> int:
+    if header.count(field) == 1:
+        return header.index(field)
+    what = f"there is no column {field!r}" if field not in header else f"column {field!r} appears twice"
+    columns = ", ".join(map(repr, header))[:400]
+    raise DataError(what, where=f"{path}:1", fix=f"set data.text_field to one of {columns}")
+
+
+class _Table:
+    """Rows of a stream, with the line at which each begins. Bytes that are no UTF-8 come out as lone surrogates, which
+    ``records.documents`` refuses."""
+
+    def __init__(self, stream: io.BufferedReader, path: str, limit: int) -> None:
+        self.row_line, self._path, self._limit = 1, path, limit
+        self._stream = stream
+        self._line, self._row_bytes, self._ended = 0, 0, False
+        # a limit of the whole process; a higher one harms nobody, since rows are bounded here
+        csv.field_size_limit(max(csv.field_size_limit(), limit))
+        tabs = os.path.splitext(path.lower().removesuffix(compression_of(path)))[1] == ".tsv"
+        self._reader = csv.reader(self._lines(), delimiter="\t" if tabs else ",")
+
+    def header(self) -> list[str]:
+        """The first row that is not blank."""
+        return next((row for row in self if row), [])
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return self
+
+    def __next__(self) -> list[str]:
+        self.row_line, self._row_bytes = self._line + 1, 0
+        try:
+            row = next(self._reader)
+        except csv.Error as error:
+            raise self._error(f"the row cannot be read ({error})") from error
+        if self._ended and self._row_bytes:
+            raise self._error("a quoted field is still open at the end of the file")
+        return row
+
+    def _lines(self) -> Iterator[str]:
+        for raw in lines(self._stream, self._limit):
+            self._line += 1
+            self._row_bytes += self._limit + 1 if raw is None else len(raw)
+            if raw is None or self._row_bytes > self._limit:
+                raise self._error(f"the row is longer than data.max_line_bytes ({self._limit})")
+            yield raw.decode(errors="surrogateescape")
+        self._ended = True
+
+    def _error(self, what: str) -> DataError:
+        fix = "close the quote that opens in this row, or raise data.max_line_bytes"
+        return DataError(what, where=f"{self._path}:{self.row_line}", fix=fix)

@@ -1,0 +1,106 @@
+"""The one place that talks to Accelerate about devices, precision and processes.
+
+Accelerate takes settings from environment variables and from a user's config file whenever an argument is left out.
+llmkit passes every value, so that the recipe is the only source.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+
+from llmkit.errors import DistributedError, SetupError
+from llmkit.settings import EngineConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Launchers that start several processes, and the variable in which each says how many.
+FOREIGN_WORLD_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` takes CUDA, then Apple's MPS, then the CPU; any other name must exist on this machine."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SetupError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}",
+            where="engine.device",
+            fix="engine.device=cpu works everywhere; `llmkit doctor` lists what this machine has",
+        ) from error
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """The name under which a GPU's peak is known; plain ``cpu`` or ``mps`` otherwise."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def set_threads(n_threads: int | None) -> None:
+    """Intra-op threads of torch; None leaves torch's own choice."""
+    if n_threads is not None:
+        torch.set_num_threads(n_threads)
+
+
+def refuse_solo_runs(environment: dict[str, str]) -> None:
+    """A launcher that starts N processes without telling torch would give N independent runs in one folder."""
+    if "WORLD_SIZE" in environment:
+        return
+    for name in FOREIGN_WORLD_SIZES:
+        if environment.get(name, "1") not in ("", "1"):
+            raise DistributedError(
+                f"{name}={environment[name]}, but WORLD_SIZE is not set: every process would train on its own",
+                fix="start one `torchrun --nproc-per-node N -m llmkit ...` per node, or run a single task",
+            )
+
+
+def make_accelerator(engine: EngineConfig) -> Accelerator:
+    """An Accelerator whose world is the one the launcher promised. Errors: ``SetupError``, ``DistributedError``."""
+    from accelerate import Accelerator
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+    )
+
+    refuse_solo_runs(dict(os.environ))
+    device = pick_device(engine.device)
+    if engine.precision == "fp16" and device.type == "cpu":
+        raise SetupError("fp16 has no gain and no loss scaling on a CPU", where="engine.precision", fix="use bf16")
+    set_threads(engine.n_threads)
+    # Left alone, Accelerate makes every worker of a CPU launch a process of its own.
+    os.environ["ACCELERATE_USE_CPU"] = "true" if device.type == "cpu" else "false"
+    # The variable would override the argument below.
+    os.environ["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "1"
+    accelerator = Accelerator(
+        mixed_precision={"fp32": "no"}.get(engine.precision, engine.precision),
+        cpu=device.type == "cpu",
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timedelta(minutes=engine.timeout_minutes)),
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+        dynamo_backend="no",
+    )
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != promised:
+        raise DistributedError(
+            f"the launcher started {promised} processes, but this one sees {accelerator.num_processes}",
+            fix="start with `torchrun --nproc-per-node N -m llmkit ...`",
+        )
+    return accelerator
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a command that does not train computes."""
+    return torch.autocast(device.type, AUTOCAST_DTYPE.get(precision), enabled=precision != "fp32")

@@ -1,0 +1,119 @@
+"""From what a user writes as ``init`` to a local model folder: a run, a checkpoint, a Hugging Face folder or a hub id."""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+
+from llmkit.engine.checkpoint import MODEL, STEP_FOLDER, CheckpointStore, open_checkpoint
+from llmkit.engine.manifest import MANIFEST
+from llmkit.errors import CheckpointError, ConfigError, LLMKitError, SetupError
+
+HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]+)?")
+# Weights, configuration and tokenizer; no pickles, no code, no copies in other frameworks' subfolders.
+HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
+HUB_LEFT_OUT = ["*/*", "consolidated*", "*.py"]
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def resolve_init(init: str) -> Path:
+    """The model folder behind ``init``: ``config.json``, weights in safetensors, tokenizer files.
+
+    A run folder gives its newest valid checkpoint. ``owner/name@revision`` pins a hub model. Nothing found there is run.
+    Errors: ``ConfigError`` for what does not exist, ``CheckpointError`` for what cannot be trusted or read, ``SetupError``
+    when the hub cannot be reached.
+    """
+    path = Path(init).expanduser()
+    if path.is_dir():
+        return _model_in(path)
+    if path.exists():
+        raise ConfigError(f"{init} is a file, not a folder", where="init", fix=f"init={path.parent}")
+    if _looks_local(init):
+        raise ConfigError(f"{init} does not exist", where="init", fix=_suggestion(path))
+    return _checked(_from_hub(init, path))
+
+
+def _model_in(folder: Path) -> Path:
+    if (folder / "checkpoints").is_dir():
+        folder = folder / "checkpoints"
+    if folder.name == "checkpoints" or any(STEP_FOLDER.fullmatch(entry.name) for entry in folder.iterdir()):
+        newest = CheckpointStore(folder, keep_last=2, keep_best=False).newest()
+        if newest is None:
+            raise CheckpointError(
+                "this run has not saved a checkpoint yet",
+                where=str(folder),
+                fix="let it reach engine.save_every, or its end",
+            )
+        return newest.model
+    if (folder / MANIFEST).is_file() or (folder / MODEL).is_dir():
+        return open_checkpoint(folder).model
+    return _checked(folder)
+
+
+def _checked(folder: Path) -> Path:
+    """``folder`` itself, if a model is in it that can be read without pickle."""
+    if not (folder / "config.json").is_file():
+        inside = sorted(entry.name for entry in folder.iterdir())[:5]
+        raise ConfigError(
+            f"{folder} holds no model: config.json is missing (found: {', '.join(inside) or 'nothing'})",
+            where="init",
+            fix="name a run folder, a checkpoint, or a folder with config.json and model.safetensors",
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickled = any(next(folder.glob(pattern), None) for pattern in PICKLES)
+        raise CheckpointError(
+            "the weights are pickled, which can run code when read" if pickled else "there are no weights",
+            where=str(folder),
+            fix="save it as safetensors first (transformers: model.save_pretrained)" if pickled else "download it again",
+        )
+    return folder
+
+
+def _looks_local(init: str) -> bool:
+    """A path, or a misspelt one: only what has the form of a hub id and no folder to its name is asked of the hub."""
+    first = Path(init).parts[0] if Path(init).parts else ""
+    is_path = init.startswith((".", "/", "~")) or init.endswith("/") or not HUB_ID.fullmatch(init)
+    return is_path or (len(Path(init).parts) > 1 and Path(first).is_dir())
+
+
+def _suggestion(path: Path) -> str:
+    """What the user may have meant: entries beside ``path``, and runs."""
+    places = [path.parent, Path("runs")]
+    names = {str(entry): entry for place in places if place.is_dir() for entry in place.iterdir() if entry.is_dir()}
+    by_name = {entry.name: name for name, entry in names.items()}
+    close = get_close_matches(path.name, by_name, n=1)
+    if close:
+        return f"did you mean init={by_name[close[0]]}?"
+    return "name a run folder, a checkpoint, a model folder, or a hub id such as openai-community/gpt2"
+
+
+def _from_hub(init: str, path: Path) -> Path:
+    import huggingface_hub
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    repository, _, revision = init.partition("@")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            repository, revision=revision or None, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT
+        )
+    except GatedRepoError as error:
+        raise _unreachable(init, "asks for permission", "accept its terms, then `hf auth login`") from error
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise ConfigError(f"no folder and no hub model {init!r}", where="init", fix=_suggestion(path)) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        offline = huggingface_hub.constants.HF_HUB_OFFLINE
+        why = "is not in the local cache and HF_HUB_OFFLINE is set" if offline else "cannot be fetched"
+        raise _unreachable(init, why, f"{_suggestion(path)} Otherwise download it once while online") from error
+    return Path(folder)
+
+
+def _unreachable(init: str, why: str, fix: str) -> LLMKitError:
+    return SetupError(f"hub model {init!r} {why}", where="init", fix=fix)

@@ -1,0 +1,204 @@
+"""Optimizers: parameter groups, AdamW, Muon with AdamW, and optimizer state as named tensors.
+
+Weight decay acts on matrices alone: norms and biases have fewer than two dimensions. A group remembers its peak
+learning rate as ``peak_lr``; the engine sets ``lr = peak_lr * schedule.factor(step)`` before each update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmkit.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+    NamedParameters = Iterable[tuple[str, nn.Parameter]]
+
+
+def decay_groups(parameters: Iterable[Any], weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices with weight decay, everything else without."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _rate_problems(lr: float, weight_decay: float) -> list[tuple[str, str]]:
+    found = []
+    if not lr > 0:
+        found.append(("lr", "must be above 0"))
+    if not weight_decay >= 0:
+        found.append(("weight_decay", "must be at least 0"))
+    return found
+
+
+def _beta_problems(betas: list[float], field: str) -> list[tuple[str, str]]:
+    good = len(betas) == 2 and all(0 <= beta < 1 for beta in betas)
+    return [] if good else [(field, "must be two numbers in [0, 1)")]
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """AdamW (Loshchilov and Hutter 2019) as torch implements it, fused into one kernel."""
+
+    lr: float
+    betas: list[float]
+    eps: float
+    weight_decay: float
+
+    def build(self, model: nn.Module) -> Optimizer:
+        return _adamw(model.parameters(), self.lr, self.betas, self.eps, self.weight_decay)
+
+    def state_bytes(self, n_hidden: int, n_other: int) -> int:
+        """Two fp32 moments a parameter."""
+        return 8 * (n_hidden + n_other)
+
+    def problems(self) -> list[tuple[str, str]]:
+        return _rate_problems(self.lr, self.weight_decay) + _beta_problems(self.betas, "betas")
+
+
+@dataclass(frozen=True)
+class Muon:
+    """Muon (Jordan et al. 2024) for the hidden matrices; AdamW for embeddings, the output head, norms and biases.
+
+    The update is scaled to AdamW's root mean square (Liu et al. 2025, "Muon is scalable for LLM training", equation 4),
+    so that ``lr`` and ``weight_decay`` mean the same as for AdamW.
+    """
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    adamw_lr: float
+    adamw_betas: list[float]
+    adamw_eps: float
+
+    def build(self, model: nn.Module) -> Optimizer:
+        import torch
+
+        hidden, rest = split_hidden_matrices(model)
+        muon = torch.optim.Muon(
+            hidden,
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        adamw = _adamw(rest, self.adamw_lr, self.adamw_betas, self.adamw_eps, self.weight_decay)
+        return combine(muon, adamw)
+
+    def state_bytes(self, n_hidden: int, n_other: int) -> int:
+        """One fp32 momentum a hidden parameter, two moments for the others."""
+        return 4 * n_hidden + 8 * n_other
+
+    def problems(self) -> list[tuple[str, str]]:
+        found = _rate_problems(self.lr, self.weight_decay) + _beta_problems(self.adamw_betas, "adamw_betas")
+        if not 0 <= self.momentum < 1:
+            found.append(("momentum", "must lie in [0, 1)"))
+        return found
+
+
+def _adamw(
+    parameters: Iterable[nn.Parameter], lr: float, betas: list[float], eps: float, weight_decay: float
+) -> Optimizer:
+    import torch
+
+    groups = decay_groups(parameters, weight_decay)
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
+
+
+def split_hidden_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """(matrices inside the blocks, all other parameters). Embeddings and the head are lookups, not hidden matrices."""
+    from torch import nn
+
+    lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    lookups |= {id(getattr(model, "output_weight_VD", None))}
+    hidden: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            is_hidden = parameter.dim() == 2 and id(parameter) not in lookups
+            (hidden if is_hidden else rest).append(parameter)
+    return hidden, rest
+
+
+def combine(*parts: Optimizer) -> Optimizer:
+    """One optimizer that steps several, each with its own parameters."""
+    import torch
+
+    class Combined(torch.optim.Optimizer):
+        def __init__(self) -> None:
+            super().__init__([group for part in parts for group in part.param_groups], defaults={})
+            self.parts = parts
+            self._share_groups()
+
+        def _share_groups(self) -> None:
+            self.param_groups = [group for part in parts for group in part.param_groups]
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            for part in parts:
+                part.step()
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"parts": [part.state_dict() for part in parts]}
+
+        def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+            for part, state in zip(parts, state_dict["parts"], strict=True):
+                part.load_state_dict(state)
+            self._share_groups()
+
+    return Combined()
+
+
+def remember_peak_lr(optimizer: Optimizer) -> None:
+    """Note each group's configured rate, of which the schedule takes a share."""
+    for group in optimizer.param_groups:
+        group["peak_lr"] = group["lr"]
+
+
+def set_lr(optimizer: Optimizer, factor: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+
+
+def state_tensors(optimizer: Optimizer, named_parameters: NamedParameters) -> dict[str, Tensor]:
+    """Optimizer state as ``{"<parameter>/<entry>": tensor}``. Every entry of torch's own optimizers is a tensor."""
+    import torch
+
+    names = {id(parameter): name for name, parameter in named_parameters}
+    tensors = {}
+    for part in _parts(optimizer):
+        for parameter, entries in part.state.items():
+            for entry, value in entries.items():
+                tensors[f"{names[id(parameter)]}/{entry}"] = torch.as_tensor(value)
+    return tensors
+
+
+def load_state_tensors(
+    optimizer: Optimizer, named_parameters: NamedParameters, tensors: Mapping[str, Tensor]
+) -> None:
+    """Inverse of ``state_tensors``; a parameter without state, or state without a parameter, is an error."""
+    names = {id(parameter): name for name, parameter in named_parameters}
+    entries_of: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, entry = key.rsplit("/", 1)
+        entries_of.setdefault(name, {})[entry] = tensor
+    if not entries_of:
+        return
+    for part in _parts(optimizer):
+        for parameter in (p for group in part.param_groups for p in group["params"]):
+            name = names[id(parameter)]
+            if name not in entries_of:
+                raise CheckpointError(f"the checkpoint has no optimizer state for {name}")
+            part.state[parameter] = {k: v.to(parameter.device) for k, v in entries_of.pop(name).items()}
+    if entries_of:
+        raise CheckpointError(f"optimizer state for unknown parameters: {', '.join(sorted(entries_of)[:3])}")
+
+
+def _parts(optimizer: Optimizer) -> tuple[Optimizer, ...]:
+    return getattr(optimizer, "parts", (optimizer,))

@@ -1,0 +1,54 @@
+"""The key/value cache of a decoder, and the boolean form of its attention rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def dense_mask(query_document_ids_BT: Tensor, key_document_ids_BS: Tensor) -> Tensor:
+    """B1TS: true where a query sees a key. The queries are the last T of the S tokens."""
+    T, S = query_document_ids_BT.shape[1], key_document_ids_BS.shape[1]
+    causal_TS = torch.ones(T, S, dtype=torch.bool, device=query_document_ids_BT.device).tril(S - T)
+    same_BTS = query_document_ids_BT[:, :, None] == key_document_ids_BS[:, None, :]
+    return (same_BTS & causal_TS)[:, None]
+
+
+class LayerCache:
+    """Keys and values of one layer, allocated once: B, G, max_len, K."""
+
+    def __init__(self, k_BGSK: Tensor, v_BGSK: Tensor) -> None:
+        self.k_BGSK, self.v_BGSK = k_BGSK, v_BGSK
+
+    def append(self, k_BGTK: Tensor, v_BGTK: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """Store the new keys and values at ``start``; returns all up to their end."""
+        stop = start + k_BGTK.shape[2]
+        self.k_BGSK[:, :, start:stop] = k_BGTK
+        self.v_BGSK[:, :, start:stop] = v_BGTK
+        return self.k_BGSK[:, :, :stop], self.v_BGSK[:, :, :stop]
+
+
+class KVCache:
+    """What the decoder remembers of the tokens it has read: ``length`` of at most ``max_len`` per row."""
+
+    def __init__(self, layers: list[LayerCache], document_ids_BS: Tensor) -> None:
+        self.layers, self.document_ids_BS, self.length = layers, document_ids_BS, 0
+        self.isolated = False  # true once a call gave document ids, e.g. for left padding
+
+    @property
+    def max_len(self) -> int:
+        return self.document_ids_BS.shape[1]
+
+    def mask_of(self, document_ids_BT: Tensor | None, n_tokens: int) -> Tensor | None:
+        """Note the documents of the next ``n_tokens`` (0 when None) and return their mask over all tokens so far.
+
+        None where plain causal attention is the same: the first tokens, or a single one, of one document.
+        """
+        stop = self.length + n_tokens
+        if document_ids_BT is not None:
+            self.isolated = True
+            self.document_ids_BS[:, self.length : stop] = document_ids_BT
+        if not self.isolated and (n_tokens == 1 or self.length == 0):
+            return None
+        documents_BS = self.document_ids_BS[:, :stop]
+        return dense_mask(documents_BS[:, self.length :], documents_BS)

@@ -1,0 +1,221 @@
+"""The architecture of a decoder as data: sizes, counts, and what it costs to train.
+
+Free of torch, so that a configuration is checked before torch is imported. Letters as in ``llmkit/interfaces.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from llmkit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llmkit.models.decoder import Decoder
+
+Problems = list[tuple[str, str]]
+
+VOCAB_MULTIPLE = 64  # embedding rows are rounded up to it: aligned rows make the head product faster on GPUs
+GATED_WIDTH_MULTIPLE = 64  # the default width of a gated feed-forward is rounded up to it
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """GPT-2 style and Llama style in one pre-norm decoder. Null fields are derived (properties below)."""
+
+    vocab_size: int | None
+    max_seq_len: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int | None
+    d_head: int | None
+    d_ff: int | None
+    norm: Literal["layernorm", "rmsnorm"]
+    norm_bias: bool
+    norm_eps: float
+    activation: Literal["gelu", "gelu_tanh", "swiglu", "geglu"]
+    position: Literal["learned", "rotary"]
+    rope_theta: float | None
+    qk_norm: bool
+    attention_bias: bool
+    mlp_bias: bool
+    dropout: float
+    tie_embeddings: bool
+    init_std: float
+    residual_init_scale: bool
+
+    # -- derived sizes ------------------------------------------------------------------------------------------
+
+    @property
+    def gated(self) -> bool:
+        """Gated feed-forward layers have three matrices instead of two."""
+        return self.activation in ("swiglu", "geglu")
+
+    @property
+    def kv_heads(self) -> int:
+        """G: key/value heads; as many as query heads unless ``n_kv_heads`` says otherwise."""
+        return self.n_kv_heads or self.n_heads
+
+    @property
+    def head_width(self) -> int:
+        """K."""
+        return self.d_head or self.d_model // self.n_heads
+
+    @property
+    def ff_width(self) -> int:
+        """F: 4 D, or 8/3 D for a gated layer, which then has as many weights (Shazeer 2020, section 2)."""
+        if self.d_ff is not None:
+            return self.d_ff
+        if not self.gated:
+            return 4 * self.d_model
+        return _round_up(-(-8 * self.d_model // 3), GATED_WIDTH_MULTIPLE)
+
+    @property
+    def vocab_rows(self) -> int:
+        """V; raises ``ConfigError`` while the tokenizer is not known."""
+        if self.vocab_size is None:
+            raise ConfigError(
+                "the vocabulary size is not known yet",
+                where="model.vocab_size",
+                fix="set it, or train a tokenizer first",
+            )
+        return self.vocab_size
+
+    def with_vocab(self, tokenizer_vocab_size: int) -> DecoderConfig:
+        """The same model with room for every id of the tokenizer; a size set by hand is kept if it is large enough."""
+        if self.vocab_size is None:
+            return replace(self, vocab_size=_round_up(tokenizer_vocab_size, VOCAB_MULTIPLE))
+        if self.vocab_size < tokenizer_vocab_size:
+            raise ConfigError(
+                f"the tokenizer has {tokenizer_vocab_size} ids, the model only {self.vocab_size} embedding rows",
+                where="model.vocab_size",
+                fix=f"set it to null or to at least {tokenizer_vocab_size}",
+            )
+        return self
+
+    # -- counts -------------------------------------------------------------------------------------------------
+
+    def n_params(self) -> int:
+        """All trainable parameters, exactly; a tied head counts once."""
+        V, D = self.vocab_rows, self.d_model
+        positions = self.max_seq_len * D if self.position == "learned" else 0
+        return V * D + positions + self.n_params_without_embeddings() + (0 if self.tie_embeddings else V * D)
+
+    def n_params_without_embeddings(self) -> int:
+        """Parameters outside token embedding, position embedding and output head (Kaplan et al. 2020, section 2.1)."""
+        return self.n_layers * (self._block_matrices() + self._block_vectors()) + self._norm_params()
+
+    def matmul_params(self) -> int:
+        """Parameters that multiply every token: all matrices of the blocks and the head, tied or not. No look-ups."""
+        return self.n_layers * self._block_matrices() + self.vocab_rows * self.d_model
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """FLOPs of one training token, forward and backward: ``6 N + 12 L H K T``.
+
+        N is ``matmul_params()``; the second term is the two attention products over the full T x T square (a causal
+        kernel may skip half of it). Kaplan et al. 2020, section 2.1, and Chowdhery et al. 2022 (PaLM), appendix B.
+        Not counted: look-ups, norms, activations, softmax, and what activation checkpointing computes twice.
+        """
+        attention = 12 * self.n_layers * self.n_heads * self.head_width * seq_len
+        return 6 * self.matmul_params() + attention
+
+    def activation_bytes(
+        self, batch_size: int, seq_len: int, *, value_bytes: int, checkpointing: bool, logit_rows: int
+    ) -> int:
+        """Estimated peak of what the backward pass needs, for the plan of a run (parameters not included).
+
+        ``value_bytes`` is the width of the compute type; the residual stream stays in fp32. ``logit_rows`` is the
+        number of rows whose logits (fp32 and compute type) live at once.
+        """
+        tokens = batch_size * seq_len
+        block = tokens * self._saved_values_per_token(value_bytes)
+        stream = tokens * self.d_model * 4
+        blocks = self.n_layers * stream + block if checkpointing else self.n_layers * block
+        return blocks + 2 * stream + logit_rows * self.vocab_rows * (4 + value_bytes)
+
+    def hf_architecture(self) -> str | None:
+        """The class of ``transformers`` that computes the same function; None when there is none."""
+        from llmkit.models.hf.families import family_of
+
+        return family_of(self).architecture
+
+    # -- checks and building ------------------------------------------------------------------------------------
+
+    def problems(self) -> Problems:
+        """Every value that is out of range or contradicts another: (field, message)."""
+        return [*self._range_problems(), *self._shape_problems(), *self._contradictions()]
+
+    def build(self) -> Decoder:
+        """The module with uninitialised weights: call ``init_weights`` or load a checkpoint.
+
+        Under ``with torch.device("meta")`` it takes no memory.
+        """
+        from llmkit.models.decoder import Decoder
+
+        return Decoder(self)
+
+    # -- private ------------------------------------------------------------------------------------------------
+
+    def _block_matrices(self) -> int:
+        D, K = self.d_model, self.head_width
+        attention = 2 * D * self.n_heads * K + 2 * D * self.kv_heads * K
+        return attention + (3 if self.gated else 2) * D * self.ff_width
+
+    def _block_vectors(self) -> int:
+        K = self.head_width
+        attention = (self.n_heads + 2 * self.kv_heads) * K + self.d_model if self.attention_bias else 0
+        mlp = (2 if self.gated else 1) * self.ff_width + self.d_model if self.mlp_bias else 0
+        return attention + mlp + (2 * K if self.qk_norm else 0) + 2 * self._norm_params()
+
+    def _norm_params(self) -> int:
+        return self.d_model * (2 if self.norm_bias else 1)
+
+    def _saved_values_per_token(self, value_bytes: int) -> int:
+        """Bytes a token leaves behind in one block for its backward pass (checked against a real one in the tests)."""
+        D, F = self.d_model, self.ff_width
+        heads = (self.n_heads + 2 * self.kv_heads) * self.head_width
+        stream = 2 * D * 4  # the inputs of the two norms
+        products = 2 * D + 2 * heads + self.n_heads * self.head_width  # inputs of q/k/v, of the attention, of o and mlp
+        mlp = (4 if self.gated else 2) * F
+        return stream + (products + mlp) * value_bytes
+
+    def _range_problems(self) -> Problems:
+        sizes = ("max_seq_len", "d_model", "n_layers", "n_heads")
+        optional = ("vocab_size", "n_kv_heads", "d_head", "d_ff")
+        found = [(name, "must be at least 1") for name in sizes if getattr(self, name) < 1]
+        found += [
+            (name, "must be null or at least 1")
+            for name in optional
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]
+        found += [(name, "must be above 0") for name in ("norm_eps", "init_std") if not getattr(self, name) > 0]
+        if not 0 <= self.dropout < 1:
+            found.append(("dropout", "must be in [0, 1)"))
+        return found
+
+    def _shape_problems(self) -> Problems:
+        if self._range_problems():
+            return []  # the quotients below would mislead
+        found = []
+        if self.d_head is None and self.d_model % self.n_heads:
+            found.append(("n_heads", f"must divide d_model ({self.d_model}), or set d_head"))
+        if self.n_heads % self.kv_heads:
+            found.append(("n_kv_heads", f"must divide n_heads ({self.n_heads})"))
+        if self.position == "rotary" and self.head_width % 2:
+            found.append(("d_head", f"must be even for rotary positions, got {self.head_width}"))
+        return found
+
+    def _contradictions(self) -> Problems:
+        found = []
+        if self.position == "rotary" and (self.rope_theta is None or not self.rope_theta > 1):
+            found.append(("rope_theta", "must be above 1 with position=rotary"))
+        if self.position == "learned" and self.rope_theta is not None:
+            found.append(("rope_theta", "has no effect with position=learned; set it to null"))
+        if self.norm == "rmsnorm" and self.norm_bias:
+            found.append(("norm_bias", "has no effect with norm=rmsnorm; set it to false"))
+        return found
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

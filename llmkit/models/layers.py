@@ -1,0 +1,91 @@
+"""Norms, rotary positions and feed-forward layers. Letters as in ``llmkit/interfaces.py``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmkit.models.config import DecoderConfig
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type matrix products run in: autocast's where it is on, else the tensor's own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation with fp32 statistics (Ba et al. 2016). The result has the compute type, cast once for all users."""
+
+    def __init__(self, width: int, eps: float, *, bias: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        y = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), bias, self.eps)
+        return y.to(compute_dtype(x))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation with fp32 statistics (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
+        return y.to(compute_dtype(x))
+
+
+def build_norm(config: DecoderConfig) -> LayerNorm | RMSNorm:
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.d_model, config.norm_eps)
+    return LayerNorm(config.d_model, config.norm_eps, bias=config.norm_bias)
+
+
+Rotation = tuple[Tensor, Tensor]  # cosine and sine, BT1K with K/2 values: both halves of a head share the angles
+
+
+def rotation(position_ids_BT: Tensor, width: int, theta: float) -> Rotation:
+    """The angles of rotary position embedding (Su et al. 2021), frequencies ``theta^(-2i/K)``.
+
+    Computed from the positions once per forward pass, in fp32 whatever the compute type is. So there is no table that a
+    cast could round, a checkpoint could carry, or a move to another device could leave behind.
+    """
+    exponents = torch.arange(0, width, 2, device=position_ids_BT.device, dtype=torch.float32) / width
+    angles = position_ids_BT[:, :, None, None].float() * theta**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BTHK: Tensor, by: Rotation) -> Tensor:
+    """Turn every head, in the split-halves layout of the Hugging Face Llama checkpoints; fp32 inside."""
+    cos, sin = by
+    first, second = x_BTHK.chunk(2, dim=-1)
+    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return turned.to(x_BTHK.dtype)
+
+
+class FeedForward(nn.Module):
+    """The position-wise layer: two matrices (GELU), or three with a gate (Shazeer 2020: SwiGLU, GEGLU)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        D, F_, bias = config.d_model, config.ff_width, config.mlp_bias
+        self.activation = config.activation
+        self.gate = nn.Linear(D, F_, bias=bias) if config.gated else None
+        self.up = nn.Linear(D, F_, bias=bias)
+        self.down = nn.Linear(F_, D, bias=bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        up_BTF = self.up(x_BTD)
+        if self.gate is None:
+            return self.down(F.gelu(up_BTF, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
+        gate_BTF = self.gate(x_BTD)
+        gate_BTF = F.silu(gate_BTF) if self.activation == "swiglu" else F.gelu(gate_BTF)
+        return self.down(gate_BTF * up_BTF)

@@ -1,0 +1,121 @@
+"""Parameter groups, Muon with AdamW, and optimizer state as named tensors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from llmkit.engine import optim
+from llmkit.errors import CheckpointError
+
+
+class TinyModel(nn.Module):
+    """An embedding, a hidden matrix, a norm and an untied head, under the names a decoder has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(11, 6)
+        self.hidden = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+        self.head = nn.Linear(6, 11, bias=False)
+
+    @property
+    def output_weight_VD(self) -> nn.Parameter:
+        return self.head.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.hidden(self.embedding(ids))))
+
+
+SPECS = [
+    optim.AdamW(lr=1e-2, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1),
+    optim.Muon(lr=1e-2, momentum=0.95, weight_decay=0.1, adamw_lr=1e-3, adamw_betas=[0.9, 0.95], adamw_eps=1e-8),
+]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        ids = torch.arange(step, step + 5) % 11
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(ids), (ids + 1) % 11).backward()
+        optim.set_lr(optimizer, 1 / (step + 1))
+        optimizer.step()
+
+
+def build(spec: optim.AdamW) -> tuple[TinyModel, torch.optim.Optimizer]:
+    model = TinyModel()
+    optimizer = spec.build(model)
+    optim.remember_peak_lr(optimizer)
+    return model, optimizer
+
+
+def test_decay_touches_matrices_only() -> None:
+    model = TinyModel()
+    decayed, plain = optim.decay_groups(model.parameters(), 0.1)
+    assert {p.dim() for p in decayed["params"]} == {2}
+    assert {p.dim() for p in plain["params"]} == {1}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
+
+
+def test_muon_takes_hidden_matrices_alone() -> None:
+    model = TinyModel()
+    hidden, rest = optim.split_hidden_matrices(model)
+    assert [id(p) for p in hidden] == [id(model.hidden.weight)]
+    assert len(rest) == 5
+
+
+def test_muon_part_equals_torch_muon_and_rest_equals_torch_adamw() -> None:
+    model, optimizer = build(SPECS[1])
+    twin = TinyModel()
+    hidden, rest = optim.split_hidden_matrices(twin)
+    muon = torch.optim.Muon(hidden, lr=1e-2, momentum=0.95, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(optim.decay_groups(rest, 0.1), lr=1e-3, betas=(0.9, 0.95), eps=1e-8)
+    for part in (muon, adamw):
+        optim.remember_peak_lr(part)
+    train(model, optimizer, range(4))
+    for step in range(4):
+        ids = torch.arange(step, step + 5) % 11
+        muon.zero_grad(), adamw.zero_grad()
+        nn.functional.cross_entropy(twin(ids), (ids + 1) % 11).backward()
+        for part in (muon, adamw):
+            optim.set_lr(part, 1 / (step + 1))
+            part.step()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: type(s).__name__)
+def test_state_round_trip_is_bitwise(spec: optim.AdamW) -> None:
+    model, optimizer = build(spec)
+    train(model, optimizer, range(3))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    tensors = {k: v.clone() for k, v in optim.state_tensors(optimizer, model.named_parameters()).items()}
+    train(model, optimizer, range(3, 6))
+
+    other, fresh = build(spec)
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            parameter.copy_(weights[name])
+    optim.load_state_tensors(fresh, other.named_parameters(), tensors)
+    train(other, fresh, range(3, 6))
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_missing_and_unknown_state_are_named() -> None:
+    model, optimizer = build(SPECS[0])
+    train(model, optimizer, range(1))
+    tensors = optim.state_tensors(optimizer, model.named_parameters())
+    without = {k: v for k, v in tensors.items() if not k.startswith("norm.bias/")}
+    with pytest.raises(CheckpointError, match=r"norm\.bias"):
+        optim.load_state_tensors(optimizer, model.named_parameters(), without)
+    with pytest.raises(CheckpointError, match="ghost"):
+        optim.load_state_tensors(optimizer, model.named_parameters(), tensors | {"ghost/exp_avg": torch.zeros(1)})
+
+
+def test_problems_name_the_field() -> None:
+    bad = optim.AdamW(lr=0.0, betas=[0.9, 1.0], eps=1e-8, weight_decay=-1.0)
+    assert [field for field, _ in bad.problems()] == ["lr", "weight_decay", "betas"]

@@ -24,7 +24,10 @@ _SECRET_KEY = re.compile(
 )
 _SHORTEST_SECRET = 6  # shorter values ("1", "true") would mask ordinary words
 
-_NAME = r"[\w.-]{0,40}(?:api_?key|access_?key|private_?key|secret|passw(?:or)?d|passphrase|(?:auth|access|api|hub|hf)_?token)"
+_NAME = (
+    r"[\w.-]{0,40}(?:api_?key|access_?key|private_?key|secret|passw(?:or)?d|passphrase"
+    r"|(?:auth|access|api|hub|hf)_?token)"
+)
 _SHAPES: tuple[tuple[re.Pattern[str], str], ...] = (
     # user:password@host, and token@host
     (re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@'\"]+@", re.IGNORECASE), rf"\1{MASK}@"),
@@ -71,14 +74,16 @@ def _redact_entry(key: str, entry: Any) -> Any:
 
 
 def _secret_variables() -> dict[str, str]:
-    return {name: text for name, text in os.environ.items() if _SECRET_VARIABLE.search(name) and not _PLACE.search(name)}
+    named = (name for name in os.environ if _SECRET_VARIABLE.search(name) and not _PLACE.search(name))
+    return {name: os.environ[name] for name in named}
 
 
 @lru_cache(maxsize=4)
 def _known_secrets(variables: tuple[tuple[str, str], ...]) -> tuple[str, ...]:
     """Secret values, longest first, so that no part of a longer one is left. Short or merely numeric ones are none."""
     values = {text.strip() for _, text in variables}
-    return tuple(sorted((v for v in values if len(v) >= _SHORTEST_SECRET and not _is_ordinary(v)), key=len, reverse=True))
+    secrets = [value for value in values if len(value) >= _SHORTEST_SECRET and not _is_ordinary(value)]
+    return tuple(sorted(secrets, key=len, reverse=True))
 
 
 def _is_ordinary(value: str) -> bool:

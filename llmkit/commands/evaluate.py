@@ -33,7 +33,6 @@ def run(cfg: EvaluateConfig, args: argparse.Namespace) -> int:
         tokenizer=tokenizer,
         load=load_tokenizer,
         report=tokenizer_report,
-        seed=0,
         progress=sys.stderr.isatty(),
     )
     objective = build(cfg.objective)

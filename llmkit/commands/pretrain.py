@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from contextlib import nullcontext
 from dataclasses import asdict
 
 from llmkit.commands.plan import show_plan
 from llmkit.config.schema import PretrainConfig
+from llmkit.engine.launch import is_main_process, refuse_solo_runs
 from llmkit.engine.run_folder import RunFolder
 from llmkit.errors import LLMKitError, Stopped
-
-log = logging.getLogger("llmkit.pretrain")
 
 
 def run(cfg: PretrainConfig, args: argparse.Namespace) -> int:
     """Train ``cfg.run.name`` to its end, or go on where it stopped; 0 when done."""
     if args.dry_run:
         return show_plan(cfg, args)
-    is_main = os.environ.get("RANK", "0") == "0"
+    refuse_solo_runs(os.environ)
+    is_main = is_main_process(os.environ)
     folder = RunFolder(cfg.run.root, cfg.run.name)
     with folder.lock() if is_main else nullcontext():
         if is_main:
@@ -41,16 +40,18 @@ def train(cfg: PretrainConfig, folder: RunFolder, is_main: bool) -> None:
         with leave_on_signal():
             text = load_text(cfg, progress=is_main)
             trainer = make_trainer(cfg, text, folder.path, recorder, lambda: stop.requested)
-        step = trainer.progress.step
         with stop:
-            step = trainer.fit().step
+            try:
+                trainer.fit()
+            finally:
+                step = trainer.progress.step
     except BaseException as error:
         status, exit_code = outcome_of(error)
         raise
     finally:
         recorder.finish(status)
         if is_main:
-            folder.write_result(status, exit_code, recorder.step or step, recorder.latest)
+            folder.write_result(status, exit_code, step, recorder.latest)
 
 
 def outcome_of(error: BaseException) -> tuple[str, int]:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from llmkit.config.build import build
 from llmkit.config.schema import PretrainConfig
-from llmkit.data.loader import TrainBatches, check_enough, eval_batches
+from llmkit.data.loader import TrainBatches, check_enough, check_vocabulary, eval_batches
 from llmkit.data.prepare import PreparedData, prepare
 from llmkit.data.sampler import SampleOrder
 from llmkit.data.token_shards import WindowDataset
@@ -69,7 +69,6 @@ def load_text(cfg: PretrainConfig, *, progress: bool) -> Text:
         tokenizer=None if init is None else load_tokenizer(init),
         load=load_tokenizer,
         report=tokenizer_report,
-        seed=cfg.run.seed,
         progress=progress,
     )
     return Text(prepared, load_tokenizer(prepared.tokenizer_folder), init)
@@ -91,12 +90,7 @@ def load_decoder(cfg: PretrainConfig, text: Text, checkpoint: Checkpoint | None)
             where="data.seq_len",
             fix=f"set data.seq_len to {model.config.max_seq_len} or less",
         )
-    if text.tokenizer.vocab_size > model.config.vocab_rows:
-        raise ConfigError(
-            f"the tokenizer has {text.tokenizer.vocab_size} ids, the embedding {model.config.vocab_rows} rows",
-            where="init",
-            fix="use the tokenizer that belongs to the model",
-        )
+    check_vocabulary(text.tokenizer.vocab_size, model.config.vocab_rows)
     if cfg.engine.activation_checkpointing:
         model.set_activation_checkpointing(True)
     if cfg.engine.compile:
@@ -154,9 +148,7 @@ def train_batches(
     weights = None if cfg.data.weights is None else tuple(cfg.data.weights)
     order = SampleOrder(tuple(w.n_sequences for w in windows), weights, cfg.run.seed)
     check_enough(order.n_samples, global_batch_size(engine, world_size))
-    return TrainBatches(
-        windows, order, collate, engine.micro_batch_size, engine.grad_accum_steps, rank, world_size
-    )
+    return TrainBatches(windows, order, collate, engine.micro_batch_size, engine.grad_accum_steps, rank, world_size)
 
 
 def val_loader(
@@ -179,9 +171,7 @@ def describe_run(
         folder=folder,
         command="pretrain",
         config=asdict(cfg),
-        max_steps=steps_to_run(
-            cfg.engine, batch_size=batch_size, seq_len=cfg.data.seq_len, n_sequences=n_sequences
-        ),
+        max_steps=steps_to_run(cfg.engine, batch_size=batch_size, seq_len=cfg.data.seq_len, n_sequences=n_sequences),
         facts={
             "n_params": model.config.n_params(),
             "tokens_per_step": batch_size * cfg.data.seq_len,
@@ -193,18 +183,23 @@ def describe_run(
 
 
 def checkpoint_writer(
-    store: CheckpointStore, recorder: Recorder, text: Text, data_key: str
+    store: CheckpointStore, recorder: Recorder, text: Text, model: Decoder
 ) -> Callable[[Trainer, bool], None]:
     """The trainer's ``save``: weights as a Hugging Face folder, optimizer, progress; published by one rename."""
 
     def save(trainer: Trainer, best: bool) -> None:
         if not trainer.accelerator.is_main_process:
             return
-        state = trainer.state() | {"metrics_offset": recorder.secured_offset(), "data_key": data_key}
+        state = trainer.state() | {
+            "metrics_offset": recorder.secured_offset(),
+            "metrics": recorder.latest,
+            "data_key": text.prepared.folder.name,
+        }
 
         def write_model(folder: Path) -> None:
-            save_model(trainer.module.model, folder, text.tokenizer)
-            text.tokenizer.save(folder)
+            ids = text.tokenizer
+            save_model(model, folder, bos_id=ids.bos_id, eos_id=ids.eos_id, pad_id=ids.pad_id)
+            ids.save(folder)
 
         store.save(
             trainer.progress.step,
@@ -231,9 +226,7 @@ def make_trainer(
 ) -> Trainer:
     """Everything from the newest checkpoint to a trainer whose ``fit`` can be called."""
     data_key = text.prepared.folder.name
-    store = CheckpointStore(
-        folder / "checkpoints", keep_last=cfg.engine.keep_last, keep_best=cfg.engine.keep_best
-    )
+    store = CheckpointStore(folder / "checkpoints", keep_last=cfg.engine.keep_last, keep_best=cfg.engine.keep_best)
     checkpoint = newest_checkpoint(store, cfg, data_key)
     model = load_decoder(cfg, text, checkpoint)
     accelerator = make_accelerator(cfg.engine)
@@ -256,7 +249,7 @@ def make_trainer(
         val_batches=val_loader(cfg, text, collate, rank, world_size),
         val_bytes=0 if text.prepared.val is None else text.prepared.val.n_bytes,
         record=recorder,
-        save=checkpoint_writer(store, recorder, text, data_key),
+        save=checkpoint_writer(store, recorder, text, model),
         stop_requested=stop_requested,
         callbacks=[build(node, tokenizer=text.tokenizer) for node in cfg.callbacks.values()],
         run=run,
@@ -267,8 +260,12 @@ def make_trainer(
             accelerator.device.type,
         ),
     )
-    if checkpoint is not None:
+    if checkpoint is None:
+        recorder.rewind({}, offset=0)
+    else:
         trainer.restore(checkpoint.state, checkpoint.tensors())
-        log.info("resuming %s after step %d", cfg.run.name, checkpoint.step)
-    recorder.start(run, offset=0 if checkpoint is None else checkpoint.state["metrics_offset"])
+        recorder.rewind(checkpoint.state["metrics"], offset=checkpoint.state["metrics_offset"])
+        done = "is complete: nothing to do" if checkpoint.step >= run.max_steps else "goes on"
+        log.info("%s %s after step %d", cfg.run.name, done, checkpoint.step)
+    recorder.start(run)
     return trainer

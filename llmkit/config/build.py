@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llmkit.config.targets import fields_of, is_late, resolve
+from llmkit.config.targets import Field, fields_of, is_late, resolve
 from llmkit.errors import ConfigError
 
 TARGET = "_target_"
@@ -16,14 +16,17 @@ def is_node(value: Any) -> bool:
 
 
 def build(node: Mapping[str, Any], **runtime: Any) -> Any:
-    """The object of ``node``; nodes inside it are built first. ``runtime`` are arguments that no YAML can hold.
+    """The object of ``node``; nodes inside it are built first.
 
+    ``runtime`` are arguments that no YAML can hold; the class gets those that it names.
     Raises ConfigError when the class is not allowed or does not take these arguments.
     """
     target = node.get(TARGET)
     cls = resolve(target)
-    arguments = {str(key): _built(value) for key, value in node.items() if key != TARGET} | runtime
-    _check_arguments(str(target), cls, arguments)
+    fields, takes_any = fields_of(cls)
+    arguments = {str(key): _built(value) for key, value in node.items() if key != TARGET}
+    arguments |= {key: value for key, value in runtime.items() if takes_any or key in fields}
+    _check_arguments(str(target), arguments, fields, takes_any)
     try:
         return cls(**arguments)
     except (TypeError, ValueError) as error:
@@ -40,8 +43,7 @@ def _built(value: Any) -> Any:
     return [_built(item) for item in value] if isinstance(value, list) else value
 
 
-def _check_arguments(target: str, cls: type, arguments: Mapping[str, Any]) -> None:
-    fields, takes_any = fields_of(cls)
+def _check_arguments(target: str, arguments: Mapping[str, Any], fields: Mapping[str, Field], takes_any: bool) -> None:
     unknown = [] if takes_any else sorted(set(arguments) - set(fields))
     missing = sorted(name for name, field in fields.items() if field.required and name not in arguments)
     if unknown or missing:

@@ -6,6 +6,7 @@ option of the group ``recipe``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Choices:
         self.chosen = self._defaults(command)  # group -> option, None where nothing is chosen
         self.options = {group: self._options(group) for group in self.chosen}
         self.problems: list[Problem] = []
+        self.incomplete = False  # something chosen cannot even be guessed
         self.hydra: list[str] = []
         self.recipe_file: YamlFile | None = None
 
@@ -116,6 +118,7 @@ class Choices:
         if group == "data" and ("/" in option or "." in option):
             fix = f"did you mean data.path={option}?"
         self.problems.append(Problem(group, f"no option {option[:80]!r}", origin, fix))
+        self.incomplete |= guess is None
         return guess
 
     # -- a recipe of the user's own ---------------------------------------------------------------------------------
@@ -124,6 +127,7 @@ class Choices:
         if not path.is_file():
             guess = nearest(path.stem, self.options["recipe"])
             self.problems.append(Problem("recipe", f"no such file: {path}", COMMAND_LINE, did_you_mean(guess)))
+            self.incomplete = True
             return
         file = read_yaml(path)
         file.tree["defaults"] = list(self._sound_defaults(file))
@@ -157,26 +161,40 @@ class Choices:
 
 
 def load(picked: Choices) -> tuple[dict[str, Any], list[tuple[str, YamlFile]]]:
-    """The merged tree, interpolations still in it, and its (package, file) layers, the last one winning."""
-    from hydra import compose, initialize_config_dir
+    """The merged tree, interpolations still in it, and its (package, file) layers, the last one winning.
+
+    Hydra says which files, in which order and at which place; their content comes through ``yaml_file`` alone.
+    """
+    from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from hydra.types import RunMode
-    from omegaconf import OmegaConf
 
-    overrides = [*picked.hydra, *search_path(picked)]
     store_recipe(picked)
     try:
         with initialize_config_dir(str(picked.folders[0]), **version_base()):
-            config = compose(picked.command, overrides)
             loader = GlobalHydra.instance().config_loader()
+            overrides = [*picked.hydra, *search_path(picked)]
             layers = loader.compute_defaults_list(picked.command, overrides, RunMode.RUN).defaults
     except HydraException as error:
         raise _composition_error(error, picked) from None
-    tree = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(tree, dict)
     files = [(layer.package or "", _file_of(picked, layer.config_path)) for layer in layers if not _is_hydras(layer)]
-    return {str(key): value for key, value in tree.items()}, [(package, file) for package, file in files if file]
+    tree: dict[str, Any] = {}
+    for package, file in files:
+        content = {key: value for key, value in file.tree.items() if key != "defaults"}
+        for name in reversed(package.split(".") if package else []):
+            content = {name: content}
+        merge(tree, content)
+    return tree, files
+
+
+def merge(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Write ``new`` over ``old``, section by section; ``new`` stays untouched."""
+    for name, value in new.items():
+        if isinstance(value, dict) and isinstance(old.get(name), dict):
+            merge(old[name], value)
+        else:
+            old[name] = copy.deepcopy(value)
 
 
 def _composition_error(error: Exception, picked: Choices) -> ConfigError:
@@ -192,11 +210,13 @@ def _is_hydras(layer: Any) -> bool:
     return layer.config_path is None or layer.config_path.startswith("hydra/")
 
 
-def _file_of(picked: Choices, config: str) -> YamlFile | None:
-    if config == f"recipe/{USER_RECIPE}":
+def _file_of(picked: Choices, config: str) -> YamlFile:
+    if config == f"recipe/{USER_RECIPE}" and picked.recipe_file is not None:
         return picked.recipe_file
     path = picked.find(config)
-    return picked.read(path) if path else None
+    if path is None:
+        raise ConfigError(f"no file {config}.yaml", where=", ".join(map(str, picked.folders)))
+    return picked.read(path)
 
 
 def search_path(picked: Choices) -> list[str]:

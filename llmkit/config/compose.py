@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.config import choices
-from llmkit.config.choices import Choices, recipes_dir
+from llmkit.config.choices import Choices, merge, recipes_dir
 from llmkit.config.interpolate import resolve
 from llmkit.config.overrides import COMMAND_LINE, Override, parse
-from llmkit.config.schema import ROOTS
+from llmkit.config.schema import CHECKED_AS
 from llmkit.config.suggest import did_you_mean, nearest
 from llmkit.config.yaml_file import YamlFile
 from llmkit.errors import Problem
@@ -48,6 +48,7 @@ class Composed:
     chosen: dict[str, str] = field(default_factory=dict)  # group -> option
     from_command_line: set[str] = field(default_factory=set)  # keys and groups that were named there
     problems: list[Problem] = field(default_factory=list)
+    partial: bool = False  # a group was misspelt beyond guessing, so its values are not the ones meant
 
     def origin(self, path: str) -> str:
         """Where ``path``, or else its nearest parent, was written."""
@@ -94,16 +95,16 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
             values.append(override)
     tree, layers = choices.load(picked)
     composed.problems += picked.problems
+    composed.partial = picked.incomplete
     composed.chosen = {group: option for group, option in picked.chosen.items() if option}
     composed.origins = _origins(layers)
     for override in values:
         composed.problems += _apply(override, tree, composed)
 
-
     def report(path: str, what: str) -> None:
         composed.problems.append(Problem(path, what, composed.origin(path)))
 
-    composed.plain = resolve(_prune(tree, composed), report)
+    composed.plain = resolve(_in_order(tree, CHECKED_AS[command]), report)
     return composed
 
 
@@ -143,7 +144,7 @@ def _apply(override: Override, tree: dict[str, Any], composed: Composed) -> list
     if override.kind == "delete":
         return _delete(override.key, last, node)
     if isinstance(override.value, dict) and isinstance(node.get(last), dict):
-        _merge(node[last], override.value)
+        merge(node[last], override.value)
     else:
         node[last] = copy.deepcopy(override.value)
     _note(override, composed)
@@ -169,14 +170,6 @@ def _note(override: Override, composed: Composed) -> None:
         composed.from_command_line.add(path)
 
 
-def _merge(old: dict[str, Any], new: dict[str, Any]) -> None:
-    for name, value in new.items():
-        if isinstance(value, dict) and isinstance(old.get(name), dict):
-            _merge(old[name], value)
-        else:
-            old[name] = copy.deepcopy(value)
-
-
 def _delete(key: str, last: str, node: dict[str, Any]) -> list[Problem]:
     section = key.rpartition(".")[0]
     if section not in OPEN_SECTIONS:
@@ -190,9 +183,7 @@ def _delete(key: str, last: str, node: dict[str, Any]) -> list[Problem]:
     return []
 
 
-def _prune(tree: dict[str, Any], composed: Composed) -> dict[str, Any]:
-    """Sections that only another command has. A recipe is written for ``pretrain``; ``prepare`` reads its part of it."""
-    own = {field.name for field in fields(ROOTS[composed.command])}
-    others = {field.name for root in ROOTS.values() for field in fields(root)} - own
-    named = {path.partition(".")[0] for path in composed.from_command_line}
-    return {name: value for name, value in tree.items() if name not in others - named}
+def _in_order(tree: dict[str, Any], root: type) -> dict[str, Any]:
+    """Sections as the schema lists them, then what it does not know."""
+    known = [field.name for field in fields(root)]
+    return {name: tree[name] for name in [*(n for n in known if n in tree), *(n for n in tree if n not in known)]}

@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 
 class Broken:
     """Stands for a value that was already reported; later checks pass over it."""
@@ -18,48 +15,68 @@ class Broken:
 
 BROKEN = Broken()
 Report = Callable[[str, str], None]  # (config path, what is wrong)
+Path = tuple[str | int, ...]
 
 
 def resolve(tree: dict[str, Any], report: Report) -> dict[str, Any]:
     """A copy of ``tree`` with interpolations replaced; what does not resolve becomes BROKEN and is reported."""
-    parsed = _map_texts(tree, lambda path, text: _parsed(path, text, report))
-    config = OmegaConf.create(_map_texts(parsed, lambda _, text: text, broken=None))
-    resolved: dict[str, Any] = _map_texts(parsed, lambda path, text: _value(config, path, text, report))
-    return resolved
+    return _Resolver(tree, report).resolved
 
 
-def _map_texts(tree: Any, change: Callable[[tuple[Any, ...], str], Any], path: tuple[Any, ...] = (), **known: Any) -> Any:
+class _Resolver:
+    def __init__(self, tree: dict[str, Any], report: Report) -> None:
+        from omegaconf import OmegaConf
+
+        self.report = report
+        parsed = _map_texts(tree, self.parsed)
+        self.config = OmegaConf.create(_map_broken(parsed))
+        self.resolved: dict[str, Any] = _map_texts(parsed, self.value)
+
+    def parsed(self, path: Path, text: str) -> Any:
+        """``text`` when its grammar is right."""
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            OmegaConf.create([text])
+        except OmegaConfBaseException:
+            self.report(_dotted(path), f"{text[:80]!r} is not a valid interpolation")
+            return BROKEN
+        return text
+
+    def value(self, path: Path, text: str) -> Any:
+        from omegaconf import OmegaConf
+        from omegaconf.errors import OmegaConfBaseException
+
+        try:
+            value = self.config
+            for key in path:
+                value = value[key]
+            return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        except RecursionError:
+            self.report(_dotted(path), f"{text[:80]!r} refers to itself")
+        except OmegaConfBaseException as error:
+            self.report(_dotted(path), f"{text[:80]!r} has no value: {str(error).splitlines()[0]}")
+        return BROKEN
+
+
+def _map_texts(tree: Any, change: Callable[[Path, str], Any], path: Path = ()) -> Any:
     """A copy of ``tree`` with ``change`` applied to every text that holds an interpolation."""
     if isinstance(tree, dict):
-        return {str(key): _map_texts(value, change, (*path, key), **known) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return [_map_texts(value, change, (*path, index), **known) for index, value in enumerate(tree)]
-    if tree is BROKEN:
-        return known.get("broken", BROKEN)
+        return {key: _map_texts(value, change, (*path, key)) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_map_texts(value, change, (*path, index)) for index, value in enumerate(tree)]
     return change(path, tree) if isinstance(tree, str) and "${" in tree else tree
 
 
-def _dotted(path: tuple[Any, ...]) -> str:
+def _map_broken(tree: Any) -> Any:
+    """A copy of ``tree`` with null in place of BROKEN, which OmegaConf could not hold."""
+    if isinstance(tree, dict):
+        return {key: _map_broken(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_map_broken(value) for value in tree]
+    return None if tree is BROKEN else tree
+
+
+def _dotted(path: Path) -> str:
     return ".".join(map(str, path))
-
-
-def _parsed(path: tuple[Any, ...], text: str, report: Report) -> Any:
-    try:
-        OmegaConf.create([text])
-    except OmegaConfBaseException:
-        report(_dotted(path), f"{text[:80]!r} is not a valid interpolation")
-        return BROKEN
-    return text
-
-
-def _value(config: Any, path: tuple[Any, ...], text: str, report: Report) -> Any:
-    try:
-        value = config
-        for key in path:
-            value = value[key]
-        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-    except RecursionError:
-        report(_dotted(path), f"{text[:80]!r} refers to itself")
-    except OmegaConfBaseException as error:
-        report(_dotted(path), f"{text[:80]!r} has no value: {str(error).splitlines()[0]}")
-    return BROKEN

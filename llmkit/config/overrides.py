@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal
 
 from llmkit.errors import Problem
@@ -47,9 +47,10 @@ def parse(text: str, *, sweep: bool = False) -> Override | Problem:
         return Override(text, name, "set", parsed.value(), raw, hydra)
     if sweep:
         return Override(text, name, "set", None, raw, hydra, _sweep_values(parsed))
-    if Path(raw).exists():
+    if os.path.exists(raw):  # one path with a comma in its name
         return Override(text, name, "set", raw, raw, f"{key}={quoted(raw)}")
-    return Problem(name, f"several values: {raw[:80]}", COMMAND_LINE, f"write {name}=[{raw[:80]}] for a list, or add -m to run each")
+    fix = f"write {name}=[{raw[:80]}] for a list, or add -m to run each"
+    return Problem(name, f"several values: {raw[:80]}", COMMAND_LINE, fix)
 
 
 def _not_an_override(text: str) -> Problem:

@@ -67,3 +67,7 @@ ROOTS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
 }
+
+# The sections a command's configuration is checked against. ``prepare`` takes whatever the ``pretrain`` command that it
+# prepares takes, and reads its part.
+CHECKED_AS = ROOTS | {"prepare": PretrainConfig}

@@ -66,6 +66,9 @@ def nearest_key(path: str, known: Iterable[str]) -> str | None:
     same_leaf = [key for key in keys if key.rpartition(".")[2] == leaf]
     if f"{section}.{leaf}" in keys:
         return f"{section}.{leaf}"
+    sections = {key.rpartition(".")[0] for key in keys}
+    if section not in sections and (meant := nearest(section, sections)):
+        section = meant
     siblings = {key.rpartition(".")[2]: key for key in keys if key.rpartition(".")[0] == section}
     if section and (near := nearest(leaf, siblings)):
         return siblings[near]

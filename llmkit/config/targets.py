@@ -42,16 +42,15 @@ def resolve(target: Any) -> type:
     """The class that ``target`` names; raises ConfigError when it is not allowed, not there or not a class."""
     prefix = _prefix_of(target)
     module_name, _, class_name = target.rpartition(".")
-    if OWN != prefix and prefix != TORCH_OPTIMIZERS and "" not in sys.path:
+    if prefix not in (OWN, TORCH_OPTIMIZERS) and "" not in sys.path:
         sys.path.append("")  # a package in the working folder, which `python -m llmkit` finds and `llmkit` does not
     try:
         found = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"cannot find {target}: {error}") from error
+    except Exception as error:  # whatever importing the user's module does
+        raise ConfigError(f"cannot import {target}: {type(error).__name__}: {error}") from error
     if not isinstance(found, type):
         raise ConfigError(f"{target} is not a class")
-    defined_in = f"{found.__module__}."
-    if not defined_in.startswith(prefix):
+    if not f"{found.__module__}.".startswith(tuple(_allowed)):
         raise ConfigError(f"{target} is really {found.__module__}.{found.__qualname__}, which is not allowed")
     return found
 
@@ -75,9 +74,17 @@ class Field:
     required: bool
 
 
+def config_fields(cls: type) -> tuple[dict[str, Field], bool]:
+    """The arguments that a YAML may give. In llmkit's own classes a default marks what only ``build`` can give."""
+    fields, takes_any = fields_of(cls)
+    own = cls.__module__.startswith(OWN)
+    return {name: field for name, field in fields.items() if field.required or not own}, takes_any
+
+
 def fields_of(cls: type) -> tuple[dict[str, Field], bool]:
     """The arguments of ``cls`` by name, and whether it takes any others too."""
-    hints = typing.get_type_hints(cls if dataclasses.is_dataclass(cls) else cls.__init__, include_extras=True)
+    init = cls if dataclasses.is_dataclass(cls) else inspect.getattr_static(cls, "__init__")
+    hints = typing.get_type_hints(init, include_extras=True)
     parameters = inspect.signature(cls).parameters.values()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     fields = {p.name: Field(p.name, hints.get(p.name, Any), p.default is p.empty) for p in named}

@@ -12,6 +12,7 @@ from llmkit.settings import Range
 
 NONE = type(None)
 _LISTS = (list, tuple, Sequence)
+_UNBOUNDED = 2.0**62  # a limit above this is one of the machine, and not worth showing
 
 
 class Unfit(Exception):
@@ -180,14 +181,14 @@ def _describe_ranged(hint: Any, bounds: str) -> str:
 
 
 def _bounds(mark: Range) -> str:
-    if math.isinf(mark.high):
+    if mark.high >= _UNBOUNDED:
         return f" >= {mark.low:g}"
-    return f" from {mark.low:g} to {mark.high:g}"
+    return f" from {mark.low:g} to {mark.high:.7g}"
 
 
 def _describe_list(hint: Any, kind: Any) -> str:
     items = [arg for arg in get_args(hint) if arg is not Ellipsis]
     if kind is tuple and len(items) > 1 and Ellipsis not in get_args(hint):
         return f"a list of {len(items)} values"
-    inner = {bool: "booleans", int: "whole numbers", float: "numbers", str: "texts"}.get(items[0] if items else None)
-    return f"a list of {inner or 'values'}"
+    words: dict[Any, str] = {bool: "booleans", int: "whole numbers", float: "numbers", str: "texts"}
+    return f"a list of {words.get(items[0] if items else None, 'values')}"

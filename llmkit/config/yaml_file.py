@@ -7,14 +7,13 @@ and 100,000 values once aliases are unfolded. The limits are checked on the even
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from llmkit.errors import ConfigError
 
@@ -22,7 +21,22 @@ MAX_BYTES = 1_000_000
 MAX_DEPTH = 100
 MAX_VALUES = 100_000
 
-_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_FLOAT = "tag:yaml.org,2002:float"
+_TIME = "tag:yaml.org,2002:timestamp"
+
+
+class _Loader(_SAFE):  # type: ignore[misc]
+    """Reads scalars as Hydra does: ``1e-4`` is a number, a date is text."""
+
+
+_Loader.add_implicit_resolver(
+    _FLOAT, re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIME]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
 
 
 @dataclass(frozen=True)
@@ -41,22 +55,30 @@ def read_yaml(path: Path) -> YamlFile:
     text = _read_text(path)
     try:
         _check_limits(text, path)
-        tree = OmegaConf.to_container(OmegaConf.create(text), resolve=False) if text.strip() else {}
-        root = yaml.compose(text, Loader=_LOADER)
+        root = yaml.compose(text, Loader=_Loader)
+        tree = {} if root is None else _Loader("").construct_document(root)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"not valid YAML: {error.problem or error.context}", where=f"{path}:{line}") from None
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {str(error).splitlines()[0]}", where=str(path)) from None
     if not isinstance(tree, dict):
         raise ConfigError("the file must hold 'key: value' lines", where=f"{path}:1")
     rows = text.splitlines()
     lines, comments = {}, {}
     for key, line, end_line, end_column in _keys(root):
+        if key in lines:
+            raise ConfigError(f"{key} stands here twice", where=f"{path}:{line + 1}")
         lines[key] = line + 1
         comments[key] = _comment(rows[end_line][end_column:])
-    plain = {str(key): value for key, value in tree.items()}
-    return YamlFile(path, plain, lines, comments, header_of(text))
+    return YamlFile(path, _plain(tree), lines, comments, header_of(text))
+
+
+def _plain(tree: Any) -> Any:
+    """Lists and mappings of their own for each place that an alias filled; keys as text."""
+    if isinstance(tree, dict):
+        return {str(key): _plain(value) for key, value in tree.items()}
+    return [_plain(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def header_of(text: str) -> str:
@@ -132,7 +154,7 @@ class _Limits:
 
 def _check_limits(text: str, path: Path) -> None:
     limits = _Limits(path)
-    for event in yaml.parse(text, Loader=_LOADER):
+    for event in yaml.parse(text, Loader=_Loader):
         limits.take(event)
 
 

@@ -1,12 +1,12 @@
 """The cache of prepared data: one folder an entry, named by what decides its tokens.
 
-    <cache>/<name>-<key>/   inputs.json  report.json  tokenizer/  train-00-00000.bin ...  val-00-00000.bin ...  manifest.json
+    <cache>/<name>-<key>/  inputs.json report.json tokenizer/ train-00-000000.bin ... val-000000.bin ... manifest.json
     <cache>/.locks/<name>-<key>
-    <cache>/.tmp-<name>-<key>-*     an entry being built, or left behind by a process that was killed
+    <cache>/.tmp-<name>-<key>-*  an entry being built, or left behind by a process that was killed
 
-An entry is built in a temporary folder under a lock and published by one rename, so it is whole or not there. The manifest
-lists size, modification time and SHA-256 of every file. Opening an entry checks every size, and the SHA-256 of each file whose
-modification time is not the one written down; ``verify`` checks them all.
+An entry is built in a temporary folder under a lock and published by one rename, so it is whole or not there. The
+manifest lists size, modification time and SHA-256 of every file. Opening an entry checks every size, and the SHA-256
+of each file whose modification time is not the one written down; ``verify`` checks them all.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def entry_name(paths: list[str], inputs: Mapping[str, Any]) -> str:
 
 @contextmanager
 def locked(root: Path, name: str) -> Iterator[None]:
-    """Holds the lock of one entry; waits while another process holds it. It ends with the process, however that ends."""
+    """Holds the lock of one entry, waiting while another process does. It ends with the process, however that ends."""
     try:
         (root / ".locks").mkdir(parents=True, exist_ok=True)
         file = (root / ".locks" / name).open("w")
@@ -108,7 +108,7 @@ def _remove_stale(root: Path, name: str) -> None:
 
 
 def _publish(folder: Path, target: Path) -> None:
-    """Syncs every file, then makes the folder the entry by one rename; a damaged entry is moved out of the way first."""
+    """Syncs every file, then makes the folder the entry by one rename; a damaged entry is moved away first."""
     for path in [*folder.rglob("*"), folder]:
         _sync(path)
     if target.exists():
@@ -174,6 +174,11 @@ def open_manifest(folder: Path, *, verify: bool) -> dict[str, Any]:
         except OSError as error:
             raise DataError(f"{name} cannot be read: {error.strerror}", where=str(path)) from error
     return manifest
+
+
+def write_inputs(folder: Path, paths: list[str], inputs: Mapping[str, Any]) -> None:
+    """Keep what an entry was made from: ``why_built`` compares it with the next."""
+    write_json(folder / _INPUTS, {"paths": paths, "inputs": inputs})
 
 
 def why_built(root: Path, name: str, paths: list[str], inputs: Mapping[str, Any]) -> str:

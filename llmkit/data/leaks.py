@@ -1,8 +1,9 @@
 """Finds validation text that also stands in the training text.
 
 Text is compared by windows of 32 bytes. A window counts when a hash of its first 8 bytes falls in the lowest
-sixteenth, so the same text gives the same windows wherever it stands. A validation document of which at least 80 % of the windows occur in the training
-text is a near-duplicate. Fewer than 8 windows (about 160 bytes) say nothing: such documents are only compared as a whole.
+sixteenth, so the same text gives the same windows wherever it stands. A validation document of which at least 80 % of
+the windows occur in the training text is a near-duplicate. Fewer than 8 windows (about 160 bytes) say nothing: such
+documents are only compared as a whole.
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ class ValidationWindows:
         return np.unique(np.concatenate([np.empty(0, np.uint64), *self.hashes]))
 
     def near_duplicates(self, seen: NDArray[np.bool_]) -> tuple[int, int]:
-        """(near-duplicates, documents long enough to tell); ``seen`` marks the rows of ``table`` found in training text."""
+        """(near-duplicates, documents long enough to tell); ``seen`` marks the rows of ``table`` found in training
+        text.
+        """
         if not self.hashes or not self.n_documents:
             return 0, 0
         owner, hashes = np.concatenate(self.owners), np.concatenate(self.hashes)
@@ -104,7 +107,7 @@ class ValidationWindows:
 
 def thin(hashes: NDArray[np.uint64], bits: int) -> NDArray[np.bool_]:
     """Which hashes stay when every ``2 ** bits``-th is kept."""
-    return (hashes & np.uint64((1 << bits) - 1)) == 0
+    return np.asarray(hashes & np.uint64((1 << bits) - 1) == 0)
 
 
 @dataclass

@@ -1,14 +1,15 @@
 """The two passes over the text, as they run in worker processes: ``scan_chunk`` and ``encode_chunk``.
 
-The scan tells the parent what is there (hashes, counts, a sample of the text); the parent decides which documents are kept and
-where they go; the second pass reads the text again and writes token shards. Neither holds more than one batch of text.
+The scan tells the parent what is there (hashes, counts, a sample of the text); the parent decides which documents are
+kept and where they go; the second pass reads the text again and writes token shards. Neither holds more than one batch
+of text.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 
 from llmkit.data.leaks import ValidationWindows, WindowIndex
 from llmkit.data.readers.base import BadRow, Chunk, Document, read_chunk
+from llmkit.data.split import ValRule, belongs_to_val
 from llmkit.data.token_shards import ShardWriter, Vocabulary
 from llmkit.errors import DataError
 
@@ -47,10 +49,10 @@ class Batch:
         return np.frombuffer(b"".join(digests), "<u8").astype(np.uint64)
 
 
-def read_batches(chunk: Chunk, data: DataConfig, on_bad: Callable[[BadRow], None]) -> Iterator[Batch]:
-    """The documents of a chunk; bad rows go to ``on_bad``. Raises DataError naming a file that cannot be read any more."""
+def batches(rows: Iterable[Document | BadRow], on_bad: Callable[[BadRow], None]) -> Iterator[Batch]:
+    """The documents among ``rows``, about a mebibyte at a time; bad rows go to ``on_bad``."""
     batch, size = Batch(), 0
-    for row in _rows(chunk, data):
+    for row in rows:
         if isinstance(row, BadRow):
             on_bad(row)
             continue
@@ -65,26 +67,21 @@ def read_batches(chunk: Chunk, data: DataConfig, on_bad: Callable[[BadRow], None
         yield batch
 
 
-def _rows(chunk: Chunk, data: DataConfig) -> Iterator[Document | BadRow]:
+def rows_of(chunk: Chunk, data: DataConfig) -> Iterator[Document | BadRow]:
+    """What the reader gives. Raises DataError naming a file that cannot be read any more."""
     try:
         yield from read_chunk(chunk, data)
     except OSError as error:
         raise DataError(f"the file cannot be read: {error.strerror}", where=chunk.path) from error
 
 
-def belongs_to_val(hashes: NDArray[np.uint64], val_below: int | None) -> NDArray[np.bool_]:
-    """Which documents are validation data: those whose hash is below a bound, or all (None)."""
-    if val_below is None:
-        return np.ones(hashes.size, bool)
-    return hashes < np.uint64(val_below)
-
-
 @dataclass(frozen=True)
 class ScanTask:
     chunk: Chunk
     data: DataConfig
-    val_below: int | None
-    sample_fraction: float
+    val_rule: ValRule
+    train_sample: float  # about what fraction of the training documents goes into the sample file
+    val_sample: float
     sample_path: Path
 
 
@@ -93,11 +90,11 @@ class ChunkScan:
     """What one chunk holds. ``sample`` has the places in the chunk of the documents written to the sample file."""
 
     hashes: NDArray[np.uint64]
+    lengths: NDArray[np.uint64]  # bytes of each document
     sample: NDArray[np.int64]
     windows: ValidationWindows
     bad: Counter[str] = field(default_factory=Counter)
     bad_examples: list[BadRow] = field(default_factory=list)
-    n_bytes: int = 0
     n_cut: int = 0
 
     def add_bad(self, row: BadRow) -> None:
@@ -108,38 +105,53 @@ class ChunkScan:
 
 def scan_chunk(task: ScanTask) -> ChunkScan:
     """First pass over one chunk."""
-    scan = ChunkScan(np.empty(0, np.uint64), np.empty(0, np.int64), ValidationWindows())
-    hashes, sampled, n_seen = [scan.hashes], [scan.sample], 0
+    nothing = np.empty(0, np.uint64)
+    scan = ChunkScan(nothing, nothing, np.empty(0, np.int64), ValidationWindows())
+    hashes, lengths, sampled, n_seen = [scan.hashes], [scan.lengths], [scan.sample], 0
     with task.sample_path.open("wb") as file:
-        for batch in read_batches(task.chunk, task.data, scan.add_bad):
+        for batch in batches(rows_of(task.chunk, task.data), scan.add_bad):
             hashes.append(batch.hashes())
-            chosen = in_sample(hashes[-1], task.sample_fraction)
-            chosen[0] |= n_seen == 0
+            is_val = belongs_to_val(hashes[-1], task.val_rule)
+            scan.windows.add([batch.raw[place] for place in np.flatnonzero(is_val)])
+            chosen = in_sample(hashes[-1], np.where(is_val, task.val_sample, task.train_sample))
+            chosen[0] |= n_seen == 0  # so that no sample is empty
             sampled.append(np.flatnonzero(chosen) + n_seen)
             file.writelines(batch.raw[place] + SAMPLE_END for place in np.flatnonzero(chosen))
-            val = belongs_to_val(hashes[-1], task.val_below)
-            scan.windows.add([batch.raw[place] for place in np.flatnonzero(val)])
-            scan.n_bytes += sum(map(len, batch.raw))
+            lengths.append(np.fromiter(map(len, batch.raw), np.uint64))
             scan.n_cut += batch.n_cut
             n_seen += len(batch.raw)
-    scan.hashes, scan.sample = np.concatenate(hashes), np.concatenate(sampled)
+    scan.hashes, scan.lengths = np.concatenate(hashes), np.concatenate(lengths)
+    scan.sample = np.concatenate(sampled)
     return scan
 
 
-def in_sample(hashes: NDArray[np.uint64], fraction: float) -> NDArray[np.bool_]:
+def in_sample(hashes: NDArray[np.uint64], fraction: NDArray[np.float64]) -> NDArray[np.bool_]:
     """A fixed pseudo-random choice of about ``fraction`` of the documents."""
-    if fraction >= 1:
-        return np.ones(hashes.size, bool)
-    return hashes * _SAMPLE_ODD < np.uint64(int(fraction * 2**64))
+    uniform = (hashes * _SAMPLE_ODD >> np.uint64(11)) * 2.0**-53
+    return np.asarray(uniform < fraction)
+
+
+def documents_in(sample_path: Path) -> Iterator[Document]:
+    """The documents of a sample file."""
+    rest = b""
+    with sample_path.open("rb") as file:
+        while piece := file.read(BATCH_BYTES):
+            *whole, rest = (rest + piece).split(SAMPLE_END)
+            yield from (Document(raw.decode(), 0) for raw in whole)
 
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """``keep`` holds one bit a document (None: all); ``digest`` is ``digest_of`` the hashes seen by the scan."""
+    """``keep`` holds one bit a document (None: all); ``digest`` is ``digest_of`` the hashes seen by the scan.
+
+    ``text_path`` is a sample file that holds every document of the chunk, where there is one: reading a format (above
+    all parsing the standard library) costs more than reading plain text.
+    """
 
     chunk: Chunk
+    text_path: Path | None
     data: DataConfig
-    val_below: int | None
+    val_rule: ValRule
     keep: bytes | None
     digest: str
     load: Callable[[Path], Tokenizer]
@@ -174,13 +186,14 @@ def encode_chunk(task: EncodeTask) -> ChunkTokens:
     tokenizer: Tokenizer = _load_tokenizer(task.load, task.tokenizer_folder)
     index = _load_index(task.window_index) if task.window_index else None
     hashes, found = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
+    rows = documents_in(task.text_path) if task.text_path else rows_of(task.chunk, task.data)
     keep = None if task.keep is None else np.unpackbits(np.frombuffer(task.keep, np.uint8)).astype(bool)
     with ShardWriter(task.train_path, task.vocabulary) as train, ShardWriter(task.val_path, task.vocabulary) as val:
         n_seen = 0
-        for batch in read_batches(task.chunk, task.data, lambda _: None):
+        for batch in batches(rows, lambda _: None):
             hashes.append(batch.hashes())
             kept = _kept(keep, n_seen, hashes[-1].size)
-            is_val = belongs_to_val(hashes[-1], task.val_below)
+            is_val = belongs_to_val(hashes[-1], task.val_rule)
             for writer, places in ((train, kept & ~is_val), (val, kept & is_val)):
                 _write(writer, tokenizer, batch, np.flatnonzero(places))
             if index:

@@ -1,9 +1,9 @@
 """The order of training sequences: a pure function of (seed, position), in constant memory.
 
-Position ``p`` counts every sequence ever drawn. Nothing is shuffled in memory: a keyed Feistel network is a permutation of
-``0 .. 2^k - 1`` (Luby and Rackoff 1988), and walking its cycle until the value is below ``n`` makes it a permutation of
-``0 .. n - 1`` (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). So a saved position is one integer,
-and the order depends neither on the number of processes nor on the size of a batch.
+Position ``p`` counts every sequence ever drawn. Nothing is shuffled in memory: a keyed Feistel network is a
+permutation of ``0 .. 2^k - 1`` (Luby and Rackoff 1988), and walking its cycle until the value is below ``n`` makes it
+a permutation of ``0 .. n - 1`` (Black and Rogaway 2002, "Ciphers with arbitrary finite domains"). So a saved position
+is one integer, and the order depends neither on the number of processes nor on the size of a batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from bisect import bisect_right
 from functools import lru_cache
 from itertools import accumulate
 
-from llmkit.errors import ConfigError
+from llmkit.errors import ConfigError, DataError
 
 BLOCK = 1024  # positions within which a mixture holds its weights exactly
 _ROUNDS = 8
@@ -67,7 +67,7 @@ class SampleOrder:
         self._offsets = (0, *accumulate(sizes))
         self._parts = None if weights is None else _integer_weights(sizes, weights)
         if self.n_samples < 1:
-            raise ValueError("no sequences to draw from")
+            raise DataError("there is no training sequence", where="data.path", fix="give more text")
 
     def locate(self, position: int) -> tuple[int, int]:
         """(source, row) at ``position``."""
@@ -121,7 +121,9 @@ def draws_before(position: int, parts: tuple[int, ...]) -> tuple[int, ...]:
 def _integer_weights(sizes: tuple[int, ...], weights: tuple[float, ...]) -> tuple[int, ...]:
     check_weights(weights, len(sizes))
     if any(weight > 0 and size < 1 for size, weight in zip(sizes, weights, strict=True)):
-        raise ValueError("a source with a weight has no sequences")
+        empty = next(n for n, size in enumerate(sizes) if size < 1 and weights[n] > 0)
+        what = f"source {empty} has a weight but no training sequence"
+        raise DataError(what, where=f"data.path[{empty}]", fix="give it more text, or weight 0")
     parts = [round(weight / sum(weights) * _WEIGHT_UNIT) for weight in weights]
     return tuple(max(part, int(weight > 0)) for part, weight in zip(parts, weights, strict=True))
 

@@ -5,15 +5,12 @@ So the same document always falls on the same side, whatever its file, its place
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
+from numpy.typing import NDArray
 
 from llmkit.errors import DataError
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
+_FEW = 10  # documents
 _BLOCK = 1 << 22  # hashes held at once, in a few copies: about 100 MB
 
 
@@ -46,23 +43,52 @@ def n_shared(val: NDArray[np.uint64], train: NDArray[np.uint64]) -> int:
     return int(seen.sum())
 
 
+ValRule = int | NDArray[np.uint64] | None  # hashes below this number; these hashes; every document
+
+
+def belongs_to_val(hashes: NDArray[np.uint64], rule: ValRule) -> NDArray[np.bool_]:
+    """Which documents are validation data."""
+    if rule is None:
+        return np.ones(hashes.size, bool)
+    if isinstance(rule, int):
+        return np.asarray(hashes < np.uint64(rule))
+    return np.isin(hashes, rule)
+
+
 def wanted_bound(val_fraction: float) -> int:
-    """Documents with a hash below this number are validation data."""
+    """The rule for a corpus of many documents: it stays the same when the corpus grows."""
     return int(val_fraction * 2**64)
 
 
-def choose_bound(hashes: NDArray[np.uint64], val_fraction: float) -> int:
-    """``wanted_bound``, moved just far enough that each side has a document. Raises DataError when that cannot be."""
+def choose_rule(hashes: NDArray[np.uint64], lengths: NDArray[np.uint64], val_fraction: float) -> ValRule:
+    """The rule for this corpus; ``lengths`` are the documents' bytes. Raises DataError when it cannot be split.
+
+    A bound on the hash gives about ``val_fraction`` of many documents, but anything of a few: none, or the one that is
+    half of the text. Where it is expected to catch fewer than ten documents they are chosen by size.
+    """
     if val_fraction == 0:
         return 0
     low, high = int(hashes.min()), int(hashes.max())
     if low == high:
         raise DataError(
-            f"{hashes.size} document(s), all the same, cannot be split into training and validation data"
-            if hashes.size > 1
-            else "1 document cannot be split into training and validation data",
+            f"{hashes.size} document(s) with the same text cannot be split into training and validation data",
             where="data.val_fraction",
-            fix="set data.val_path to held-out text, or data.val_fraction=0 to train without validation, or a smaller "
+            fix="set data.val_path to held-out text, or data.val_fraction=0 to train without, or a smaller "
             "data.max_document_bytes to cut the document into sections",
         )
+    if hashes.size * val_fraction < _FEW:
+        return _few(hashes, lengths, val_fraction)
     return min(max(wanted_bound(val_fraction), low + 1), high)
+
+
+def _few(hashes: NDArray[np.uint64], lengths: NDArray[np.uint64], val_fraction: float) -> NDArray[np.uint64]:
+    """In the order of hashes, the documents that together fit in ``val_fraction`` of the bytes; else the nearest."""
+    distinct, place = np.unique(hashes, return_inverse=True)
+    sizes = np.bincount(place, weights=lengths)
+    target = val_fraction * sizes.sum()
+    chosen, left = [], target
+    for number, size in enumerate(sizes):
+        if size <= left:
+            chosen.append(number)
+            left -= size
+    return distinct[chosen or [int(np.abs(sizes - target).argmin())]]

@@ -1,12 +1,12 @@
 """Token shards: ids of prepared documents in files that are mapped into memory, and windows cut from them.
 
 A shard is a header of 512 bytes (magic, then JSON padded with spaces) and the ids as little-endian uint16 or uint32.
-Every document is stored as ``[bos] ids eos``. The header carries the SHA-256 of the ids.
+Every document is stored as ``[bos] ids eos``.
+The SHA-256 of the file stands in the manifest of its folder (``cache.py``).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from bisect import bisect_right
@@ -45,7 +45,6 @@ class ShardHeader(Vocabulary):
     n_tokens: int
     n_bytes: int
     n_documents: int
-    sha256: str
 
     @property
     def file_bytes(self) -> int:
@@ -92,7 +91,6 @@ class ShardWriter:
     def __init__(self, path: Path, vocabulary: Vocabulary) -> None:
         self.path, self.vocabulary = path, vocabulary
         self.n_tokens = self.n_bytes = self.n_documents = 0
-        self._digest = hashlib.sha256()
         self._dtype = _DTYPES[0] if vocabulary.vocab_size <= 1 << 16 else _DTYPES[1]
 
     def __enter__(self) -> ShardWriter:
@@ -101,7 +99,7 @@ class ShardWriter:
         return self
 
     def add(self, documents: Sequence[Sequence[int]], n_bytes: int) -> None:
-        """Append documents; ``n_bytes`` is the size of their text. Raises DataError for an id outside the vocabulary."""
+        """Append documents; ``n_bytes`` is the size of their text. Raises DataError for ids outside the vocabulary."""
         words = self.vocabulary
         bos, eos = ([] if words.bos_id is None else [words.bos_id]), [words.eos_id]
         parts = chain.from_iterable((bos, ids, eos) for ids in documents)
@@ -109,9 +107,7 @@ class ShardWriter:
         if ids.size and not 0 <= ids.min() <= ids.max() < words.vocab_size:
             what = f"the tokenizer gave ids {ids.min()} .. {ids.max()}, outside its vocabulary of {words.vocab_size}"
             raise DataError(what, where="tokenizer", fix="its files do not belong together; take them from one place")
-        body = ids.astype(self._dtype).tobytes()
-        self._digest.update(body)
-        self._file.write(body)
+        self._file.write(ids.astype(self._dtype).tobytes())
         self.n_tokens += ids.size
         self.n_bytes += n_bytes
         self.n_documents += len(documents)
@@ -133,7 +129,6 @@ class ShardWriter:
             n_tokens=self.n_tokens,
             n_bytes=self.n_bytes,
             n_documents=self.n_documents,
-            sha256=self._digest.hexdigest(),
         )
 
 
@@ -189,7 +184,7 @@ class TokenShards:
 
 
 class WindowDataset:
-    """Cuts shards into rows of ``seq_len + 1`` ids that overlap by one, so that every id but the first is a target once.
+    """Cuts shards into rows of ``seq_len + 1`` ids that overlap by one: every id but the first is a target once.
 
     The last row holds what is left. Nothing is dropped and nothing is cropped.
     """

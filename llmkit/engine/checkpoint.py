@@ -147,10 +147,10 @@ class CheckpointStore:
         return target
 
     def clean(self) -> None:
-        """Remove what a killed process left behind."""
+        """Remove what a killed process left behind, or a deletion has put out of sight."""
         for entry in self.folder.iterdir() if self.folder.is_dir() else ():
             if entry.name.startswith(LEFTOVERS):
-                log.info("removing the leftover %s", entry)
+                log.debug("removing %s", entry)
                 files.remove_tree(entry)
 
     def check_space(self, needed_bytes: int) -> None:

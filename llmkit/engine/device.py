@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 AUTOCAST_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Launchers that start several processes, and the variable in which each says how many.
-FOREIGN_WORLD_SIZES = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def pick_device(name: str) -> torch.device:
@@ -52,18 +50,6 @@ def set_threads(n_threads: int | None) -> None:
         torch.set_num_threads(n_threads)
 
 
-def refuse_solo_runs(environment: dict[str, str]) -> None:
-    """A launcher that starts N processes without telling torch would give N independent runs in one folder."""
-    if "WORLD_SIZE" in environment:
-        return
-    for name in FOREIGN_WORLD_SIZES:
-        if environment.get(name, "1") not in ("", "1"):
-            raise DistributedError(
-                f"{name}={environment[name]}, but WORLD_SIZE is not set: every process would train on its own",
-                fix="start one `torchrun --nproc-per-node N -m llmkit ...` per node, or run a single task",
-            )
-
-
 def make_accelerator(engine: EngineConfig) -> Accelerator:
     """An Accelerator whose world is the one the launcher promised. Errors: ``SetupError``, ``DistributedError``."""
     from accelerate import Accelerator
@@ -73,7 +59,6 @@ def make_accelerator(engine: EngineConfig) -> Accelerator:
         InitProcessGroupKwargs,
     )
 
-    refuse_solo_runs(dict(os.environ))
     device = pick_device(engine.device)
     if engine.precision == "fp16" and device.type == "cpu":
         raise SetupError("fp16 has no gain and no loss scaling on a CPU", where="engine.precision", fix="use bf16")
@@ -88,7 +73,7 @@ def make_accelerator(engine: EngineConfig) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timedelta(minutes=engine.timeout_minutes)),
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
         ],
         dynamo_backend="no",
     )

@@ -1,4 +1,4 @@
-"""From what a user writes as ``init`` to a local model folder: a run, a checkpoint, a Hugging Face folder or a hub id."""
+"""From what a user writes as ``init`` to a model folder: a run, a checkpoint, a Hugging Face folder or a hub id."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 def resolve_init(init: str) -> Path:
     """The model folder behind ``init``: ``config.json``, weights in safetensors, tokenizer files.
 
-    A run folder gives its newest valid checkpoint. ``owner/name@revision`` pins a hub model. Nothing found there is run.
-    Errors: ``ConfigError`` for what does not exist, ``CheckpointError`` for what cannot be trusted or read, ``SetupError``
-    when the hub cannot be reached.
+    A run folder gives its newest valid checkpoint. ``owner/name@revision`` pins a hub model. No code in it is ever run.
+    Errors: ``ConfigError`` for what does not exist, ``CheckpointError`` for what cannot be trusted or read,
+    ``SetupError`` when the hub cannot be reached.
     """
     path = Path(init).expanduser()
     if path.is_dir():
@@ -65,7 +65,9 @@ def _checked(folder: Path) -> Path:
         raise CheckpointError(
             "the weights are pickled, which can run code when read" if pickled else "there are no weights",
             where=str(folder),
-            fix="save it as safetensors first (transformers: model.save_pretrained)" if pickled else "download it again",
+            fix="save it as safetensors first (transformers: model.save_pretrained)"
+            if pickled
+            else "download it again",
         )
     return folder
 
@@ -89,28 +91,26 @@ def _suggestion(path: Path) -> str:
 
 
 def _from_hub(init: str, path: Path) -> Path:
-    import huggingface_hub
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
 
     repository, _, revision = init.partition("@")
     try:
-        folder = huggingface_hub.snapshot_download(
+        folder = snapshot_download(
             repository, revision=revision or None, allow_patterns=HUB_FILES, ignore_patterns=HUB_LEFT_OUT
         )
     except GatedRepoError as error:
         raise _unreachable(init, "asks for permission", "accept its terms, then `hf auth login`") from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise ConfigError(f"no folder and no hub model {init!r}", where="init", fix=_suggestion(path)) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        offline = huggingface_hub.constants.HF_HUB_OFFLINE
-        why = "is not in the local cache and HF_HUB_OFFLINE is set" if offline else "cannot be fetched"
+    except OSError as error:  # offline, no network, a server that fails, a full disk
+        why = "is not in the local cache and HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "cannot be fetched"
         raise _unreachable(init, why, f"{_suggestion(path)} Otherwise download it once while online") from error
     return Path(folder)
 

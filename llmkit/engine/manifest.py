@@ -89,6 +89,8 @@ def _read(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise _damaged(folder, f"{MANIFEST} is missing")
+    if path.is_symlink():
+        raise _damaged(folder, f"{MANIFEST} is a link")
     body = _parse(path.read_bytes())
     if body is None:
         raise _damaged(folder, f"{MANIFEST} does not match its own SHA-256")

@@ -26,9 +26,7 @@ class Meter:
     seconds: float = 0.0
     data_seconds: float = 0.0
 
-    def add(
-        self, sums: dict[str, float], n_targets: int, n_tokens: int, seconds: float, data_seconds: float
-    ) -> None:
+    def add(self, sums: dict[str, float], n_targets: int, n_tokens: int, seconds: float, data_seconds: float) -> None:
         """One step: summed losses over all ranks, counts over all ranks, wall time and the part spent on data."""
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value

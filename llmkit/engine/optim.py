@@ -179,9 +179,7 @@ def state_tensors(optimizer: Optimizer, named_parameters: NamedParameters) -> di
     return tensors
 
 
-def load_state_tensors(
-    optimizer: Optimizer, named_parameters: NamedParameters, tensors: Mapping[str, Tensor]
-) -> None:
+def load_state_tensors(optimizer: Optimizer, named_parameters: NamedParameters, tensors: Mapping[str, Tensor]) -> None:
     """Inverse of ``state_tensors``; a parameter without state, or state without a parameter, is an error."""
     names = {id(parameter): name for name, parameter in named_parameters}
     entries_of: dict[str, dict[str, Tensor]] = {}

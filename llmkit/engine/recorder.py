@@ -18,17 +18,18 @@ class Recorder:
         self.file = None if path is None else MetricsFile(path)
         self.trackers = Trackers(trackers if path else [])
         self.latest: dict[str, float] = {}
-        self.step = 0  # of the newest row
 
-    def start(self, run: RunInfo, offset: int) -> None:
-        """Begin a run, or go on with one: rows after ``offset`` belong to steps that will be done again."""
+    def rewind(self, latest: dict[str, float], offset: int) -> None:
+        """Go back to a checkpoint, or to the start: rows after ``offset`` belong to steps that will be done again."""
+        self.latest = dict(latest)
         if self.file is not None:
             self.file.truncate(offset)
+
+    def start(self, run: RunInfo) -> None:
         self.trackers.start(run)
 
     def __call__(self, step: int, metrics: dict[str, float]) -> None:
         self.latest |= metrics
-        self.step = step
         if self.file is not None:
             self.file.append({"step": step, **metrics})
             self.trackers.log(step, metrics)

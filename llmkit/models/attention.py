@@ -64,12 +64,15 @@ def use_flex(q_width: int, dropout: float, device: torch.device) -> bool:
 
 def _flex_kernel(compiled: bool) -> Callable[..., Tensor]:
     """Uncompiled flex_attention is correct but holds all scores: on CUDA it is compiled, once per process."""
-    return _compiled_flex() if compiled and not torch.compiler.is_compiling() else flex_attention
+    if compiled and not torch.compiler.is_compiling():
+        return _compiled_flex()
+    return flex_attention
 
 
 @cache
 def _compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    kernel: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
+    return kernel
 
 
 class Attention(nn.Module):
@@ -103,7 +106,8 @@ class Attention(nn.Module):
         if cache is not None:
             k_BGSK, v_BGSK = cache.append(k_BGSK, v_BGSK, start)
         mixed_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, mask, self.dropout if self.training else 0.0)
-        return self.o(mixed_BHTK.transpose(1, 2).flatten(2))
+        out_BTD: Tensor = self.o(mixed_BHTK.transpose(1, 2).flatten(2))
+        return out_BTD
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.width))
+        return x.view(*x.shape[:-1], -1, self.width)

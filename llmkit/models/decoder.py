@@ -34,11 +34,12 @@ class Block(nn.Module):
         start: int = 0,
     ) -> Tensor:
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotation, mask, cache, start))
-        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
+        added_BTD: Tensor = self.dropout(self.mlp(self.mlp_norm(x_BTD)))
+        return x_BTD + added_BTD
 
 
 class Decoder(nn.Module):
-    """A decoder-only language model. Its parameters are uninitialised until ``init_weights`` or a checkpoint fills them."""
+    """A decoder-only language model, its parameters uninitialised until ``init_weights`` or a checkpoint fills them."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -74,14 +75,16 @@ class Decoder(nn.Module):
         position_ids_BT: Tensor | None = None,
         document_ids_BT: Tensor | None = None,
         cache: KVCache | None = None,
+        *,
+        last_only: bool = False,
     ) -> Tensor:
-        """Logits BTV.
+        """Logits BTV, or those of the last position alone (T = 1).
 
-        Positions count on from the cache when left out. Without ``document_ids_BT`` every row is one document; tokens
-        added to a cache without it belong to document 0. Raises ``ConfigError`` past ``max_seq_len``.
+        Positions count on from the cache when left out; then ``ConfigError`` is raised past ``max_seq_len``. Without
+        ``document_ids_BT`` every row is one document; tokens added to a cache without it belong to document 0.
         """
         hidden_BTD = self._hidden(input_ids_BT, position_ids_BT, document_ids_BT, cache)
-        return nn.functional.linear(hidden_BTD, self.output_weight_VD)
+        return nn.functional.linear(hidden_BTD[:, -1:] if last_only else hidden_BTD, self.output_weight_VD)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -130,14 +133,8 @@ class Decoder(nn.Module):
         document_ids_BT: Tensor | None,
         cache: KVCache | None,
     ) -> Tensor:
-        T, start = input_ids_BT.shape[1], 0 if cache is None else cache.length
-        limit = self.max_seq_len if cache is None else min(self.max_seq_len, cache.max_len)
-        if start + T > limit:
-            raise ConfigError(
-                f"{start + T} tokens do not fit into {limit}", where="model.max_seq_len", fix="use shorter sequences"
-            )
         if position_ids_BT is None:
-            position_ids_BT = torch.arange(start, start + T, device=input_ids_BT.device)[None]
+            position_ids_BT = self._next_positions(input_ids_BT, 0 if cache is None else cache.length)
         x_BTD = self.embedding(input_ids_BT)
         if self.position_embedding is not None:
             x_BTD = x_BTD + self.position_embedding(position_ids_BT)
@@ -147,7 +144,15 @@ class Decoder(nn.Module):
             x_BTD = self._run_blocks(x_BTD, turn, self._mask(document_ids_BT))
         else:
             x_BTD = self._run_blocks_cached(x_BTD, turn, cache, document_ids_BT)
-        return self.norm(x_BTD)
+        hidden_BTD: Tensor = self.norm(x_BTD)
+        return hidden_BTD
+
+    def _next_positions(self, input_ids_BT: Tensor, start: int) -> Tensor:
+        stop = start + input_ids_BT.shape[1]
+        if stop > self.max_seq_len:
+            what = f"{stop} tokens do not fit into {self.max_seq_len}"
+            raise ConfigError(what, where="model.max_seq_len", fix="use shorter sequences")
+        return torch.arange(start, stop, device=input_ids_BT.device)[None]
 
     def _rotation(self, position_ids_BT: Tensor) -> Rotation | None:
         config = self.config

@@ -16,7 +16,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation with fp32 statistics (Ba et al. 2016). The result has the compute type, cast once for all users."""
+    """Layer normalisation with fp32 statistics (Ba et al. 2016); the result has the compute type, cast once for all."""
 
     def __init__(self, width: int, eps: float, *, bias: bool) -> None:
         super().__init__()
@@ -83,9 +83,11 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(F_, D, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        up_BTF = self.up(x_BTD)
+        hidden_BTF = self.up(x_BTD)
         if self.gate is None:
-            return self.down(F.gelu(up_BTF, approximate="tanh" if self.activation == "gelu_tanh" else "none"))
-        gate_BTF = self.gate(x_BTD)
-        gate_BTF = F.silu(gate_BTF) if self.activation == "swiglu" else F.gelu(gate_BTF)
-        return self.down(gate_BTF * up_BTF)
+            hidden_BTF = F.gelu(hidden_BTF, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        else:
+            gate_BTF = self.gate(x_BTD)
+            hidden_BTF = hidden_BTF * (F.silu(gate_BTF) if self.activation == "swiglu" else F.gelu(gate_BTF))
+        out_BTD: Tensor = self.down(hidden_BTF)
+        return out_BTD

@@ -37,7 +37,7 @@ class ConsoleTracker:
 
     def start(self, run: RunInfo) -> None:
         view = self._view
-        view.name, view.max_steps, view.step = run.name, run.max_steps, run.start_step
+        view.name, view.max_steps = run.name, run.max_steps
         if self.live and can_redraw():
             view.open()
 
@@ -133,7 +133,7 @@ def shown(metrics: Mapping[str, float]) -> list[str]:
 
 
 def eta_seconds(n_steps: int, seconds: float, steps_left: int) -> float | None:
-    """Seconds to the end at the mean pace of the ``n_steps`` steps that took ``seconds``; None before there is a pace."""
+    """Seconds to the end at the mean pace of ``n_steps`` steps in ``seconds``; None before there is a pace."""
     if n_steps <= 0:
         return None
     return seconds / n_steps * max(steps_left, 0)

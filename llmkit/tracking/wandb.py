@@ -30,6 +30,7 @@ from llmkit.tracking.wandb_mode import Mode, decide_mode
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "wandb_run.json"  # in the run folder: the id kept over resumes, and what the mirror needs to know
+_LEVELS = {"info": logging.INFO, "warning": logging.WARNING}
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ class WandbTracker:
         except OSError as error:
             logger.warning("W&B is off for this run: %s", error)
             return
-        if note:
-            logger.info("W&B: %s; recording offline. Send it later with: %s", note, sync_command(run.folder))
+        if mode == "offline":
+            because = f" ({note})" if note else ""
+            logger.info("W&B: recording offline%s. Send it later with: %s", because, sync_command(run.folder))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Nothing: the mirror reads ``metrics.jsonl``."""
@@ -100,10 +102,10 @@ class _Mirror:
         package = str(Path(llmkit.__file__).resolve().parents[1])
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         # -P: a folder called wandb, or a json.py, in the working directory must not be imported instead.
-        command = [sys.executable, "-P", "-m", "llmkit.tracking.wandb_mirror", str(folder), "--trainer", str(os.getpid())]
+        module = ["-P", "-m", "llmkit.tracking.wandb_mirror"]
         with open(folder / "wandb" / "mirror.log", "ab") as errors:
             self._process = subprocess.Popen(
-                command,
+                [sys.executable, *module, str(folder), "--trainer", str(os.getpid())],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -131,7 +133,8 @@ class _Mirror:
         if self._listener is not None:
             self._listener.join(timeout=1)
         if code != 0:
-            logger.warning("W&B may lack the end of this run; metrics.jsonl has it. Try: %s", sync_command(self._folder))
+            hint = sync_command(self._folder)
+            logger.warning("W&B may lack the end of this run; metrics.jsonl has all of it. Try: %s", hint)
 
 
 def write_run_file(run: RunInfo, settings: dict[str, Any]) -> str:
@@ -158,7 +161,8 @@ def _repeat_to_log(lines: IO[bytes]) -> None:
     """Log what the mirror says, until it ends."""
     for line in lines:
         level, _, text = line.decode(errors="replace").strip().partition(" ")
-        logger.log(logging.WARNING if level == "warning" else logging.INFO, "W&B: %s", text)
+        if level in _LEVELS:
+            logger.log(_LEVELS[level], "W&B: %s", text)
 
 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:

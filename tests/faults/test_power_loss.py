@@ -1,8 +1,8 @@
 """A power cut at every moment: what was not synced may be lost, and may be lost out of order.
 
 The saves run for real while their operations are recorded. From the record, disks are built that a cut could have left:
-entries of a folder that was not synced since are there or not, in any combination; content that was not synced is whole, cut,
-empty or garbage. Every such disk must give a valid checkpoint, and none older than the last one whose ``save`` had returned.
+entries of a folder that was not synced since are there or not, in any combination; content that was not synced is empty
+or garbage. Every such disk must give a valid checkpoint, and none older than the last one whose ``save`` had returned.
 """
 
 from __future__ import annotations

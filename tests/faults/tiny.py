@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,9 +43,7 @@ def make_store(folder: Path, *, keep_last: int = 2, keep_best: bool = False) -> 
 
 
 def save(store: CheckpointStore, step: int, *, best: bool = False) -> Path:
-    return store.save(
-        step, state={"step": step}, tensors=tensors_of(step), write_model=write_model(step), best=best
-    )
+    return store.save(step, state={"step": step}, tensors=tensors_of(step), write_model=write_model(step), best=best)
 
 
 def valid_steps(folder: Path) -> list[int]:

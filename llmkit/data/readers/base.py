@@ -1,12 +1,13 @@
 """Finds sources and reads them in chunks, whatever their format.
 
-A reader is a module of this package with ``SUFFIXES`` (file formats) or ``BUILTIN`` (an embedded corpus), and two functions::
+A reader is a module of this package with ``SUFFIXES`` (``COMPRESSED = True`` adds .gz and .zst) or ``BUILTIN``, the
+name of an embedded corpus, and two functions::
 
     split(path: str, chunk_bytes: int) -> list[Chunk]
     read(chunk: Chunk, settings: DataConfig) -> Iterator[Document | BadRow]
 
-It is found by its place in this folder. Optional: ``first_line(chunk)``, the line of the file at which a chunk starts, where
-lines are counted from the chunk; ``fields(path, settings)``, the names of the fields seen in the first rows.
+It is found by its place in this folder. Optional: ``first_line(chunk)``, the line of the file at which a chunk starts;
+``fields(path, settings)``, the names of the fields in the first rows.
 """
 
 from __future__ import annotations
@@ -88,8 +89,9 @@ def _known() -> str:
 def find_sources(path: str | list[str]) -> Found:
     """Files behind a file, folder, glob, built-in name, or a list of these.
 
-    Folders are searched recursively through symbolic links, each real folder once; hidden names and unknown suffixes are
-    ignored and counted. Raises ``DataError`` when nothing is found, or a named file has no reader.
+    Folders are searched recursively through symbolic links, each real folder once. In folders and globs, hidden names
+    and unknown suffixes are ignored and counted. Raises ``DataError`` when nothing is found or a named file has no
+    reader.
     """
     entries = [path] if isinstance(path, str) else path
     found = [_expand(entry) for entry in entries]
@@ -107,65 +109,55 @@ def expand_paths(path: str | list[str]) -> list[str]:
 def _expand(entry: str) -> Found:
     if entry.startswith(BUILTIN_PREFIX):
         if _module_of(entry) is None:
-            raise DataError(f"there is no built-in corpus {entry!r}", where="data.path", fix=f"use one of {_known()}")
+            fix = f"known are {_known()}"
+            raise DataError(f"there is no built-in corpus {entry!r}", where="data.path", fix=fix)
         return Found([entry], 0)
     name = os.path.expanduser(entry)
     if os.path.isdir(name):
-        return _folder(name)
+        return _some([name], name)
     if os.path.lexists(name):
         return Found([_checked(name)], 0)
     matches = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []
     if not matches:
-        raise DataError(
-            f"nothing is found at {entry!r}",
-            where="data.path",
-            fix=f"check the spelling; relative paths start at {os.getcwd()!r}",
-        )
-    parts = [_folder(match) if os.path.isdir(match) else Found([_checked(match)], 0) for match in matches]
-    return Found([path for part in parts for path in part.paths], sum(part.n_ignored for part in parts))
+        fix = f"check the spelling; relative paths start at {os.getcwd()}"
+        raise DataError(f"nothing is found at {entry!r}", where="data.path", fix=fix)
+    return _some(matches, name)
 
 
 def _checked(name: str) -> str:
     if _module_of(name) is None:
-        raise DataError(
-            f"no reader for {os.path.basename(name)!r}",
-            where=name,
-            fix=f"known are {_known()}, text formats also with .gz or .zst; rename the file or convert it",
-        )
+        fix = f"known are {_known()}, text formats also with .gz or .zst; rename the file or convert it"
+        raise DataError(f"no reader for {os.path.basename(name)!r}", where=name, fix=fix)
     return name
 
 
-def _folder(folder: str) -> Found:
+def _some(names: list[str], where: str) -> Found:
+    """Everything that can be read among files and in folders; an error when there is nothing."""
     paths: list[str] = []
-    ignored = _walk(folder, paths, set())
+    seen: set[str] = set()
+    ignored = sum(_collect(name, paths, seen) for name in names)
     if not paths:
-        raise DataError(
-            f"the folder holds no file that can be read ({ignored} ignored)", where=folder, fix=f"known are {_known()}"
-        )
-    return Found(sorted(paths), ignored)
+        what = f"there is no file that can be read ({ignored} ignored)"
+        raise DataError(what, where=where, fix=f"known are {_known()}")
+    return Found(sorted(set(paths)), ignored)  # a ** glob names a folder and what is in it
 
 
-def _walk(folder: str, paths: list[str], seen: set[str]) -> int:
-    """Appends the readable files under ``folder`` to ``paths``; the number of ignored ones."""
-    real = os.path.realpath(folder)
+def _collect(name: str, paths: list[str], seen: set[str]) -> int:
+    """Appends a file, or those of a folder not ``seen`` before, to ``paths``; the number of ignored ones."""
+    if not os.path.isdir(name):
+        known = _module_of(name) is not None
+        paths += [name] if known else []
+        return int(not known)
+    real = os.path.realpath(name)
     if real in seen:
         return 0
     seen.add(real)
-    ignored = 0
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        inside = os.listdir(name)
     except OSError as error:
-        raise DataError(f"the folder cannot be read: {error.strerror}", where=folder) from error
-    for entry in entries:
-        if entry.name.startswith("."):
-            ignored += 1
-        elif os.path.isdir(entry.path):
-            ignored += _walk(entry.path, paths, seen)
-        elif _module_of(entry.name) is None:
-            ignored += 1
-        else:
-            paths.append(entry.path)
-    return ignored
+        raise DataError(f"the folder cannot be read: {error.strerror}", where=name) from error
+    visible = [entry for entry in inside if not entry.startswith(".")]
+    return len(inside) - len(visible) + sum(_collect(os.path.join(name, entry), paths, seen) for entry in visible)
 
 
 def fingerprint(path: str) -> str:
@@ -217,4 +209,4 @@ def absolute_line(chunk: Chunk, line: int) -> int:
 def fields_found(path: str, data: DataConfig) -> list[str]:
     """Names of the fields in the first rows of a source: what to offer when ``data.text_field`` is in none."""
     module = _module_of(path)
-    return sorted(module.fields(path, data)) if hasattr(module, "fields") else []
+    return sorted(module.fields(path, data)) if module is not None and hasattr(module, "fields") else []

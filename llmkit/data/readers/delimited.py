@@ -1,11 +1,11 @@
-"""Comma- and tab-separated tables with a header row, quoted as in RFC 4180; the text is in column ``data.text_field``."""
+"""Comma- and tab-separated tables with a header row and the quotes of RFC 4180; the text is in ``data.text_field``."""
 
 from __future__ import annotations
 
 import csv
-import io
 import os
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from llmkit.data.readers.records import BadRow, Chunk, Document, documents
 from llmkit.data.readers.streams import check_head, compression_of, lines, open_chunk, open_text
@@ -17,14 +17,14 @@ COMPRESSED = True
 
 
 def split(path: str, chunk_bytes: int) -> list[Chunk]:
-    """One chunk: where a row begins is known only from the start of the file, since a quoted field may hold line ends."""
+    """One chunk: a quoted field may hold line ends, so where rows begin is known from the start of the file only."""
     check_head(path)
     size = os.path.getsize(path)
     return [Chunk(path, 0, size, "delimited")] if size else []
 
 
 def read(chunk: Chunk, settings: DataConfig) -> Iterator[Document | BadRow]:
-    """Holds one row of at most ``data.max_line_bytes``. A quote that is never closed is an error, not a long document."""
+    """Holds one row of at most ``data.max_line_bytes``. A quote that is never closed is an error, not a long text."""
     with open_chunk(chunk) as stream:
         table = _Table(stream, chunk.path, settings.max_line_bytes)
         header = table.header()
@@ -56,7 +56,7 @@ class _Table:
     """Rows of a stream, with the line at which each begins. Bytes that are no UTF-8 come out as lone surrogates, which
     ``records.documents`` refuses."""
 
-    def __init__(self, stream: io.BufferedReader, path: str, limit: int) -> None:
+    def __init__(self, stream: BinaryIO, path: str, limit: int) -> None:
         self.row_line, self._path, self._limit = 1, path, limit
         self._stream = stream
         self._line, self._row_bytes, self._ended = 0, 0, False

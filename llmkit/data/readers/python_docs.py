@@ -1,4 +1,4 @@
-"""``builtin:python_docs``: the help topics of Python (``pydoc_data.topics``), then every docstring of the standard library."""
+"""``builtin:python_docs``: Python's help topics (``pydoc_data.topics``), then the docstrings of its library."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from llmkit.settings import DataConfig
 
 BUILTIN = "python_docs"
 _TOPICS = "pydoc_data/topics.py"
+_BLOCKS = ("body", "handlers", "orelse", "finalbody", "cases")
 
 
 def split(path: str, chunk_bytes: int) -> list[Chunk]:
@@ -50,5 +51,6 @@ def _docstrings(node: ast.AST) -> Iterator[str]:
         text = (ast.get_docstring(node) or "").strip()
         if text:
             yield text
-    for child in ast.iter_child_nodes(node):
-        yield from _docstrings(child)
+    for block in _BLOCKS:  # statements only: no expression holds a docstring, and most nodes are expressions
+        for child in getattr(node, block, ()):
+            yield from _docstrings(child)

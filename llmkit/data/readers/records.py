@@ -30,7 +30,7 @@ Reason = Literal[
 class Chunk:
     """A piece of one source that is read on its own.
 
-    ``start`` and ``end`` are byte offsets, or row-group numbers (parquet), or places in the list of source files (built-ins).
+    ``start`` and ``end`` are byte offsets, row-group numbers (parquet), or places in the list of files (built-ins).
     """
 
     path: str
@@ -41,7 +41,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One document. ``line`` counts from 1 at the start of the chunk (``base.absolute_line`` gives the place in the file).
+    """One document. ``line`` counts from 1 at the start of the chunk; ``base.absolute_line`` gives that of the file.
 
     ``cut``: the text goes on in the next document, because ``data.max_document_bytes`` or the chunk ended here.
     """
@@ -68,8 +68,11 @@ class Refused(Exception):
 
 
 def cut_point(data: bytes, limit: int) -> int:
-    """Where to cut ``data``, which is longer than ``limit``: after the last line end in the first ``limit`` bytes, else after
-    the last ASCII whitespace, else before the UTF-8 character that does not fit."""
+    """Where to cut ``data``, which is longer than ``limit``.
+
+    After the last line end in the first ``limit`` bytes, else after the last ASCII whitespace, else before the UTF-8
+    character that does not fit.
+    """
     newline = data.rfind(b"\n", 0, limit)
     if newline >= 0:
         return newline + 1

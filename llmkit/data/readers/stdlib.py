@@ -1,7 +1,7 @@
 """The source files of the running interpreter's standard library: the embedded corpus behind ``builtin:`` paths.
 
-Files are only read and parsed, never imported. Tests, installed packages, build settings of this machine and the help topics
-(which are data) are left out.
+Files are only read and parsed, never imported. Tests, installed packages, build settings of this machine and the help
+topics (which are data) are left out.
 """
 
 from __future__ import annotations

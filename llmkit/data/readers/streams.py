@@ -1,6 +1,6 @@
 """Files as streams of text bytes: byte ranges, gzip and zstd, and the checks that tell a wrong file at once.
 
-Everything here raises ``DataError`` with the file and, for damage, the offset; memory is bounded whatever the file holds.
+Everything here raises ``DataError`` with the file and, for damage, the offset. Memory is bounded whatever a file holds.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import io
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from llmkit.data.readers.records import Chunk
-from llmkit.errors import DataError, missing_extra
+from llmkit.errors import DataError, LLMKitError, missing_extra
 
 COMPRESSIONS = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # suffix: the first bytes of such a file
 _OTHER_FORMATS = {
@@ -34,6 +34,9 @@ _BLOCK_BYTES = 1 << 20
 _ZSTD_FEED_BYTES = 1024  # four bytes can stand for 128 KiB, so this bounds one output at 32 MiB
 
 
+_Failures = tuple[type[Exception], ...]
+
+
 class _Source(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
@@ -41,9 +44,9 @@ class _Source(Protocol):
 class _Guarded(io.RawIOBase):
     """Bytes from ``source``, every way of failing turned into a ``DataError`` with the offset in ``file``."""
 
-    def __init__(self, source: _Source, file: BinaryIO, path: str, failures: tuple[type[Exception], ...]) -> None:
+    def __init__(self, source: _Source, file: BinaryIO, path: str, failures: _Failures) -> None:
         self._source, self._file, self._path = source, file, path
-        self._failures = (*failures, OSError)
+        self._failures: _Failures = (*failures, OSError)
 
     def readable(self) -> bool:
         return True
@@ -81,15 +84,15 @@ class _Range:
 
 
 class _Zstd:
-    """Decompressed bytes of any number of frames. zstandard's own stream reader takes a cut frame for the end of the data."""
+    """Decompressed bytes of any number of frames. zstandard's stream reader would take a cut frame for the end."""
 
     def __init__(self, file: BinaryIO) -> None:
         try:
             import zstandard
         except ImportError:
             raise missing_extra("zstandard", "zstd") from None
-        self.failures = (zstandard.ZstdError, EOFError)
-        self._new = zstandard.ZstdDecompressor().decompressobj
+        self.failures: _Failures = (zstandard.ZstdError, EOFError)
+        self._new: Callable[[], Any] = zstandard.ZstdDecompressor().decompressobj
         self._file, self._frame, self._frame_started = file, self._new(), False
         self._ready, self._offset = b"", 0
 
@@ -130,32 +133,39 @@ def compression_of(path: str) -> str:
     return suffix if suffix in COMPRESSIONS else ""
 
 
-def open_text(path: str, start: int = 0, end: int | None = None) -> io.BufferedReader:
-    """The decompressed bytes of ``path``, or the bytes ``[start, end)`` of an uncompressed one, without a byte order mark."""
+def open_text(path: str, start: int = 0, end: int | None = None) -> BinaryIO:
+    """The decompressed bytes of ``path``, or bytes ``[start, end)`` of a plain file, without a byte order mark."""
     file = open_file(path)
-    compression = compression_of(path)
-    if compression == ".gz":
-        source: _Source = gzip.GzipFile(fileobj=file)
-        failures: tuple[type[Exception], ...] = (EOFError, zlib.error)
-    elif compression == ".zst":
-        source = zstd = _Zstd(file)
-        failures = zstd.failures
-    else:
-        size = os.fstat(file.fileno()).st_size if end is None else end
-        file.seek(start)
-        source, failures = _Range(file, size - start), (EOFError,)
-    stream = io.BufferedReader(_Guarded(source, file, path, failures), _HEAD_BYTES * 16)
-    if start == 0 and stream.peek(3).startswith(_UTF8_MARK):
-        stream.read(len(_UTF8_MARK))
+    try:
+        source, failures = _source(file, path, start, end)
+        stream = io.BufferedReader(_Guarded(source, file, path, failures), 64 * 1024)
+        if start == 0 and stream.peek(3).startswith(_UTF8_MARK):
+            stream.read(len(_UTF8_MARK))
+    except LLMKitError:
+        file.close()
+        raise
     return stream
 
 
-def open_chunk(chunk: Chunk) -> io.BufferedReader:
+def _source(file: BinaryIO, path: str, start: int, end: int | None) -> tuple[_Source, _Failures]:
+    """What to read from, and what it may raise."""
+    compression = compression_of(path)
+    if compression == ".gz":
+        return gzip.GzipFile(fileobj=file), (EOFError, zlib.error)
+    if compression == ".zst":
+        zstd = _Zstd(file)
+        return zstd, zstd.failures
+    size = os.fstat(file.fileno()).st_size if end is None else end
+    file.seek(start)
+    return _Range(file, size - start), (EOFError,)
+
+
+def open_chunk(chunk: Chunk) -> BinaryIO:
     """The text bytes of a chunk made by ``byte_ranges``."""
     return open_text(chunk.path, chunk.start, chunk.end)
 
 
-def lines(stream: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
+def lines(stream: BinaryIO, limit: int) -> Iterator[bytes | None]:
     """Lines with their ends; None for one longer than ``limit`` bytes, which is skipped without being held."""
     while raw := stream.readline(limit + 1):
         if len(raw) <= limit or raw.endswith(b"\n"):
@@ -167,7 +177,7 @@ def lines(stream: io.BufferedReader, limit: int) -> Iterator[bytes | None]:
 
 
 def check_head(path: str) -> None:
-    """Raises ``DataError`` when the suffix lies about the compression, or the text is not in UTF-8 but UTF-16 or UTF-32."""
+    """Raises ``DataError`` when the suffix lies about the compression, or the text is in UTF-16 or UTF-32."""
     with open_file(path) as file:
         magic = file.read(8)
     if not magic:
@@ -223,8 +233,7 @@ def _lane_fits(share: float, kind: str, full: float) -> bool:
 
 
 def byte_ranges(path: str, chunk_bytes: int, reader: str) -> list[Chunk]:
-    """Chunks of about ``chunk_bytes`` that begin at line starts; a line is in the chunk in which it starts. A compressed file
-    is one chunk."""
+    """Chunks of about ``chunk_bytes`` that begin at line starts. A compressed file is one chunk."""
     check_head(path)
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size

@@ -1,8 +1,8 @@
 """Plain text: a file is one document.
 
-A document longer than ``data.max_document_bytes``, or longer than the chunk, is cut into sections (``records.cut_point``),
-each a document of its own. Lines that are no UTF-8, or hold U+0000, are left out and reported one by one; of a line longer than
-a section, the section. Sections of nothing but whitespace are no documents.
+A document longer than ``data.max_document_bytes``, or than the chunk, is cut into sections (``records.cut_point``),
+each a document of its own. Lines that are no UTF-8, or hold U+0000, are left out and reported one by one; of a line
+longer than a section, that section. Sections of nothing but whitespace are no documents.
 """
 
 from __future__ import annotations

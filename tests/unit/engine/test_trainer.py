@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmkit.engine.device import make_accelerator, refuse_solo_runs
+from llmkit.engine.device import make_accelerator
 from llmkit.engine.evaluate import TrainModule, evaluate_loss
+from llmkit.engine.launch import refuse_solo_runs
 from llmkit.engine.meter import Meter
 from llmkit.engine.optim import AdamW
 from llmkit.engine.schedule import Linear
@@ -174,9 +175,7 @@ def test_evaluation_does_not_depend_on_the_batch_size() -> None:
     for size in (1, 2, 3, 5, 10):
         ids = list(range(1000, 1010))
         batches = [make_batch(ids[i : i + size]) for i in range(0, 10, size)]
-        metrics = evaluate_loss(
-            TrainModule(Bigram(), PlainLoss()), batches, n_bytes=100, device=torch.device("cpu")
-        )
+        metrics = evaluate_loss(TrainModule(Bigram(), PlainLoss()), batches, n_bytes=100, device=torch.device("cpu"))
         assert metrics is not None
         losses.append(metrics["val/loss"])
     assert losses == pytest.approx([losses[0]] * 5, rel=1e-6)

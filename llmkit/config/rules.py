@@ -1,0 +1,162 @@
+"""Values that are right alone and wrong together. A rule that lacks one of its values is silent: that was reported."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from llmkit.config.compose import Composed
+from llmkit.config.resume import resume_problems
+from llmkit.errors import Problem
+
+_RUN_NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,128}")
+_DEVICE = re.compile(r"(auto|cpu|mps|(cuda|xpu)(:\d+)?)", re.ASCII)
+
+
+class View:
+    """The values of a configuration by path; KeyError for one that is absent or was reported."""
+
+    def __init__(self, composed: Composed, values: Mapping[str, Any], objects: Mapping[str, Any]) -> None:
+        self.composed, self.values, self.objects = composed, values, objects
+
+    def __getitem__(self, path: str) -> Any:
+        return self.values[path]
+
+    def problem(self, path: str, what: str, fix: str = "") -> Problem:
+        return Problem(path, what, self.composed.origin(path), fix)
+
+
+def broken_rules(
+    composed: Composed, values: Mapping[str, Any], objects: Mapping[str, Any], *, resuming: bool
+) -> list[Problem]:
+    view = View(composed, values, objects)
+    found: list[Problem] = []
+    for rule in (*RULES, resume) if resuming else RULES:
+        try:
+            found += rule(view)
+        except KeyError:
+            continue
+    return found
+
+
+def run_name(view: View) -> Iterator[Problem]:
+    name = view["run.name"]
+    if not _RUN_NAME.fullmatch(name):
+        what = f"must be 1 to 128 letters, digits, dots, dashes or underscores, is {name[:80]!r}"
+        yield view.problem("run.name", what)
+
+
+def run_root(view: View) -> Iterator[Problem]:
+    root = view["run.root"]
+    if not root or "\0" in root:
+        yield view.problem("run.root", f"must be a folder, is {root[:80]!r}")
+
+
+def device(view: View) -> Iterator[Problem]:
+    if not _DEVICE.fullmatch(view["engine.device"]):
+        what = f"must be auto, cpu, mps, cuda, cuda:N, xpu or xpu:N, is {view['engine.device'][:80]!r}"
+        yield view.problem("engine.device", what)
+
+
+def half_precision(view: View) -> Iterator[Problem]:
+    if view["engine.device"] == "cpu" and view["engine.precision"] == "fp16":
+        yield view.problem("engine.precision", "fp16 needs a GPU, and engine.device is cpu", "use bf16 or fp32")
+
+
+def stop_rule(view: View) -> Iterator[Problem]:
+    names = ("engine.max_steps", "engine.max_tokens", "engine.max_epochs")
+    if all(view[name] is None for name in names):
+        yield view.problem("engine.max_steps", "nothing says when to stop", f"set one of {', '.join(names)}")
+
+
+def zero_limits(view: View) -> Iterator[Problem]:
+    """Fields whose range has to start at 0 in words but where 0 itself means nothing."""
+    for name in ("engine.max_epochs", "engine.max_hours", "engine.max_grad_norm", "engine.timeout_minutes"):
+        if view[name] == 0:
+            yield view.problem(name, "must be above 0, is 0")
+
+
+def warmup(view: View) -> Iterator[Problem]:
+    steps, limit = view["schedule.warmup_steps"], planned_steps(view)
+    if limit is not None and steps > limit:
+        yield view.problem("schedule.warmup_steps", f"{steps} warm-up steps, but the run ends after {limit}")
+
+
+def planned_steps(view: View) -> int | None:
+    """Optimizer steps of the run as far as the configuration alone says; an epoch's length is not known yet."""
+    limits = [view["engine.max_steps"]]
+    if view["engine.max_tokens"] is not None:
+        sequences = view["engine.micro_batch_size"] * view["engine.grad_accum_steps"] * _world_size()
+        limits.append(math.ceil(view["engine.max_tokens"] / (sequences * view["data.seq_len"])))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _world_size() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if text.isdecimal() and int(text) else 1
+
+
+def context(view: View) -> Iterator[Problem]:
+    if view["init"] is None and view["data.seq_len"] > view["model.max_seq_len"]:
+        what = f"{view['data.seq_len']} tokens, but model.max_seq_len is {view['model.max_seq_len']}"
+        yield view.problem("data.seq_len", what, "raise model.max_seq_len or lower data.seq_len")
+
+
+def vocabulary(view: View) -> Iterator[Problem]:
+    rows, ids = view["model.vocab_size"], view["tokenizer.vocab_size"]
+    if view["init"] is None and rows is not None and rows < ids:
+        what = f"{rows} embedding rows for a tokenizer of {ids} ids"
+        yield view.problem("model.vocab_size", what, "set model.vocab_size=null to follow the tokenizer")
+
+
+def weights(view: View) -> Iterator[Problem]:
+    shares, paths = view["data.weights"], view["data.path"]
+    if shares is None:
+        return
+    n_paths = 1 if isinstance(paths, str) else len(paths)
+    if len(shares) != n_paths:
+        yield view.problem("data.weights", f"{len(shares)} weights for {n_paths} paths")
+    if any(share <= 0 for share in shares):
+        yield view.problem("data.weights", f"every weight must be above 0, is {shares}")
+
+
+def paths(view: View) -> Iterator[Problem]:
+    for name in ("data.path", "data.val_path"):
+        value = view[name]
+        if value is not None and (
+            not value or any(not path for path in ([value] if isinstance(value, str) else value))
+        ):
+            yield view.problem(name, f"must name a file, is {value!r}")
+
+
+def init_decides(view: View) -> Iterator[Problem]:
+    """Model and tokenizer come from ``init``; a value given beside it on the command line would be ignored."""
+    if view["init"] is None:
+        return
+    for path in sorted(view.composed.from_command_line):
+        if path.partition(".")[0] in ("model", "tokenizer"):
+            yield view.problem(path, f"has no effect: the model and tokenizer come from init={view['init']}")
+
+
+def resume(view: View) -> Iterator[Problem]:
+    if view.composed.command == "pretrain":
+        yield from resume_problems(view.composed, view.values, view.objects["schedule"])
+
+
+RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
+    run_name,
+    run_root,
+    device,
+    half_precision,
+    stop_rule,
+    zero_limits,
+    warmup,
+    context,
+    vocabulary,
+    weights,
+    paths,
+    init_decides,
+)

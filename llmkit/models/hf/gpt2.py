@@ -1,0 +1,109 @@
+"""GPT-2: learned positions, LayerNorm and GELU. Its matrices are stored transposed (Conv1D), q, k and v in one."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from llmkit.models.config import DecoderConfig
+from llmkit.models.hf.family import Family, Keys, Row
+
+log = logging.getLogger("llmkit.models")
+
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
+
+def fits(config: DecoderConfig) -> bool:
+    plain_heads = config.kv_heads == config.n_heads and config.head_width * config.n_heads == config.d_model
+    plain_parts = config.norm == "layernorm" and not config.gated and not config.qk_norm
+    return config.position == "learned" and plain_heads and plain_parts
+
+
+def write(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_rows,
+        "n_positions": config.max_seq_len,
+        "n_ctx": config.max_seq_len,
+        "n_embd": config.d_model,
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "n_inner": config.ff_width,
+        "activation_function": "gelu_new" if config.activation == "gelu_tanh" else "gelu",
+        **dict.fromkeys(DROPOUTS, config.dropout),
+        "layer_norm_epsilon": config.norm_eps,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
+
+
+def read(keys: Keys) -> DecoderConfig:
+    keys.expect("scale_attn_weights", True)
+    keys.expect("scale_attn_by_inverse_layer_idx", False)
+    keys.expect("add_cross_attention", False)
+    width = keys.integer("n_embd")
+    return DecoderConfig(
+        vocab_size=keys.integer("vocab_size"),
+        max_seq_len=keys.integer("n_positions", 1024),
+        d_model=width,
+        n_layers=keys.integer("n_layer"),
+        n_heads=keys.integer("n_head"),
+        n_kv_heads=None,
+        d_head=None,
+        d_ff=keys.integer_or("n_inner", 4 * width),
+        norm="layernorm",
+        norm_bias=True,
+        norm_eps=keys.number("layer_norm_epsilon", 1e-5),
+        activation=keys.choice("activation_function", "gelu_new", ACTIVATIONS),
+        position="learned",
+        rope_theta=None,
+        qk_norm=False,
+        attention_bias=True,
+        mlp_bias=True,
+        dropout=_dropout(keys),
+        tie_embeddings=keys.flag("tie_word_embeddings", True),
+        init_std=keys.number("initializer_range", 0.02),
+        residual_init_scale=True,
+    )
+
+
+def _dropout(keys: Keys) -> float:
+    """llmkit has one probability for all three places."""
+    values = {name: keys.number(name, 0.1) for name in DROPOUTS}
+    if len(set(values.values())) > 1:
+        log.warning("%s: %s; all three places will use the first", keys.where, values)
+    return values[DROPOUTS[0]]
+
+
+def _layer(theirs: str, *ours: str, transposed: bool = False) -> tuple[Row, Row]:
+    """Weight and bias of a module of block ``{}``."""
+    name, parts = f"transformer.h.{{}}.{theirs}", [f"blocks.{{}}.{part}" for part in ours]
+    weight = Row(f"{name}.weight", tuple(f"{part}.weight" for part in parts), transposed)
+    return weight, Row(f"{name}.bias", tuple(f"{part}.bias" for part in parts))
+
+
+FAMILY = Family(
+    model_types=("gpt2",),
+    architecture="GPT2LMHeadModel",
+    fits=fits,
+    write=write,
+    read=read,
+    outer_rows=(
+        Row("transformer.wte.weight", ("embedding.weight",)),
+        Row("transformer.wpe.weight", ("position_embedding.weight",)),
+        Row("transformer.ln_f.weight", ("norm.weight",)),
+        Row("transformer.ln_f.bias", ("norm.bias",)),
+        Row("lm_head.weight", ("head.weight",)),
+    ),
+    layer_rows=(
+        *_layer("ln_1", "attention_norm"),
+        *_layer("attn.c_attn", "attention.q", "attention.k", "attention.v", transposed=True),
+        *_layer("attn.c_proj", "attention.o", transposed=True),
+        *_layer("ln_2", "mlp_norm"),
+        *_layer("mlp.c_fc", "mlp.up", transposed=True),
+        *_layer("mlp.c_proj", "mlp.down", transposed=True),
+    ),
+    prefix="transformer.",
+    ignored=(".attn.bias", ".attn.masked_bias"),  # the causal mask, stored by old versions
+    zero_biases=True,
+)

@@ -1,0 +1,127 @@
+"""Write a model as a Hugging Face folder. Torch is imported inside the functions only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from llmkit.errors import CheckpointError
+from llmkit.models.hf import own
+from llmkit.models.hf.families import family_of
+from llmkit.models.hf.family import Family, Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmkit.models.decoder import Decoder
+
+MAX_SHARD_BYTES = 5_000_000_000
+INDEX = "model.safetensors.index.json"
+Shard = list[tuple[Row, int]]  # rows and their bytes
+
+
+def save_model(
+    model: Decoder,
+    folder: Path,
+    *,
+    bos_id: int | None = None,
+    eos_id: int | None = None,
+    pad_id: int | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write config, weights and generation config into ``folder`` (made if absent; weights in it are replaced).
+
+    Weights keep their type; a tied head is left out; above ``max_shard_bytes`` they are split into shards. Only one
+    shard is copied at a time. Raises ``CheckpointError`` when the disk refuses.
+    """
+    family = family_of(model.config)
+    ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
+    state = dict(model.named_parameters())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / "config.json", {**_config(model, family), **ids})
+        _write_json(
+            folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None}
+        )
+        _write_weights(family.rows(model.config, set(state)), state, folder, max_shard_bytes)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"the model could not be written: {error}", where=str(folder)) from error
+
+
+def _config(model: Decoder, family: Family) -> dict[str, Any]:
+    """The key ``torch_dtype`` is the old name of ``dtype``; other tools still read it."""
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return {
+        "architectures": [family.architecture or type(model).__name__],
+        "model_type": family.model_types[0],
+        **family.write(model.config),
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        own.KEY: own.as_key(model.config),
+    }
+
+
+def _write_weights(rows: list[Row], state: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+    from safetensors.torch import save_file
+
+    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
+        old.unlink(missing_ok=True)  # a new file: someone may have the old one mapped
+    shards = list(_shards(rows, state, max_shard_bytes))
+    names = _file_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        save_file({row.name: export(row, state) for row, _ in shard}, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod((folder / "config.json").stat().st_mode)  # as the umask has it; safetensors writes 0600
+    if len(shards) > 1:
+        places = {row.name: name for name, shard in zip(names, shards, strict=True) for row, _ in shard}
+        total = sum(size for shard in shards for _, size in shard)
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def export(row: Row, state: Mapping[str, Tensor]) -> Tensor:
+    """The tensor of a file row, as a contiguous copy on the CPU; absent biases are zeros."""
+    import torch
+
+    parts = [_part(part, state) for part in row.parts]
+    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return (tensor.t() if row.transposed else tensor).contiguous()
+
+
+def _part(name: str, state: Mapping[str, Tensor]) -> Tensor:
+    if name in state:
+        return state[name].detach().cpu()
+    weight = state[name.removesuffix("bias") + "weight"]
+    return weight.new_zeros(weight.shape[0], device="cpu")
+
+
+def _shards(rows: list[Row], state: Mapping[str, Tensor], max_bytes: int) -> Iterator[Shard]:
+    """Rows in order, cut before a shard would pass ``max_bytes``."""
+    shard: Shard = []
+    for row in rows:
+        size = sum(part.numel() * part.element_size() for part in (_meta_part(name, state) for name in row.parts))
+        if shard and sum(known for _, known in shard) + size > max_bytes:
+            yield shard
+            shard = []
+        shard.append((row, size))
+    yield shard
+
+
+def _meta_part(name: str, state: Mapping[str, Tensor]) -> Tensor:
+    """Shape and type of a part without its data."""
+    if name in state:
+        return state[name]
+    weight = state[name.removesuffix("bias") + "weight"]
+    return weight.new_empty(weight.shape[0], device="meta")
+
+
+def _file_names(n: int) -> list[str]:
+    if n == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)]
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

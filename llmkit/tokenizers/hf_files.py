@@ -1,0 +1,172 @@
+"""Writes a SentencePiece model as ``tokenizer.json`` and ``tokenizer_config.json``, without any Hugging Face package.
+
+``transformers`` then makes the same ids (``tests/parity/test_tokenizers.py``), whatever the model type of the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger("llmkit.tokenizers")
+
+TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE = "tokenizer_config.json"
+FORMAT_KEY = "llmkit_format"  # in CONFIG_FILE: says that tokenizer.model decides the ids
+SPACE = "\u2581"  # stands for a space inside the pieces
+_NEVER = -1e6  # the score of a piece that Unigram must not take from text; special tokens are found before it runs
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # piece types of sentencepiece_model.proto
+_KINDS = {1: "Unigram", 2: "BPE"}  # model types of sentencepiece_model.proto
+
+
+@dataclass(frozen=True)
+class ModelProto:
+    """What decides the ids of a SentencePiece model."""
+
+    kind: str
+    pieces: list[tuple[str, float, int]]  # text, score, type
+    dummy_prefix: bool
+    convertible: bool  # tokenizer.json can say the same
+    byte_fallback: bool
+    ids: dict[str, int]  # unk, bos, eos, pad; absent ones are left out
+
+    @classmethod
+    def parse(cls, model: bytes) -> ModelProto:
+        from sentencepiece import sentencepiece_model_pb2
+
+        proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+        trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+        ids = {name: getattr(trainer, f"{name}_id") for name in ("unk", "bos", "eos", "pad")}
+        plain = not normalizer.precompiled_charsmap and not normalizer.remove_extra_whitespaces
+        return cls(
+            kind=_KINDS.get(trainer.model_type, "other"),
+            pieces=[(piece.piece, piece.score, piece.type) for piece in proto.pieces],
+            dummy_prefix=normalizer.add_dummy_prefix,
+            convertible=plain and normalizer.escape_whitespaces and trainer.model_type in _KINDS,
+            byte_fallback=trainer.byte_fallback,
+            ids={name: index for name, index in ids.items() if index >= 0},
+        )
+
+    @property
+    def words_apart(self) -> bool:
+        """Whether no piece spans a character and a space after it: text can then be encoded in parts cut there."""
+        plain = self.convertible and not self.dummy_prefix
+        return plain and not any(re.search(f"[^{SPACE}]{SPACE}", piece) for piece, _, _ in self.pieces)
+
+    def symbol(self, name: str) -> str:
+        return self.pieces[self.ids[name]][0]
+
+
+def write_hf_files(model: ModelProto, folder: Path) -> None:
+    """Into ``folder``. A model with a normalisation of its own gets no ``tokenizer.json``, and a warning."""
+    config: dict[str, Any] = {
+        FORMAT_KEY: "sentencepiece",
+        "tokenizer_class": "PreTrainedTokenizerFast" if model.convertible else "LlamaTokenizer",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": int(1e30),  # as transformers writes "no limit"
+        **{f"{name}_token": model.symbol(name) for name in model.ids},
+    }
+    if model.convertible:
+        _write(folder / TOKENIZER_FILE, tokenizer_json(model))
+    else:
+        logger.warning("this SentencePiece model normalises text; transformers may give other ids than llmkit")
+    _write(folder / CONFIG_FILE, config)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+
+
+def tokenizer_json(model: ModelProto) -> dict[str, Any]:
+    """The content of ``tokenizer.json``. Special tokens are recognised inside text there, as its users expect."""
+    escape = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    prefix = [{"type": "Prepend", "prepend": SPACE}] if model.dummy_prefix else []
+    unescape = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if model.dummy_prefix else []
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(model),
+        "normalizer": {"type": "Sequence", "normalizers": [*prefix, escape]},
+        "pre_tokenizer": None,
+        "post_processor": _bos_first(model),
+        "decoder": {"type": "Sequence", "decoders": [unescape, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "model": _bpe(model) if model.kind == "BPE" else _unigram(model),
+    }
+
+
+def _added_tokens(model: ModelProto) -> list[dict[str, Any]]:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return [
+        {"id": index, "content": piece, **flags, "special": kind != _USER_DEFINED}
+        for index, (piece, _, kind) in enumerate(model.pieces)
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    ]
+
+
+def _bos_first(model: ModelProto) -> dict[str, Any] | None:
+    """Puts the begin symbol before a text, as every training document has it."""
+    if "bos" not in model.ids:
+        return None
+    bos = model.symbol("bos")
+
+    def template(*names: str) -> list[dict[str, Any]]:
+        parts: list[dict[str, Any]] = []
+        for place, name in enumerate(names):
+            parts += [{"SpecialToken": {"id": bos, "type_id": place}}, {"Sequence": {"id": name, "type_id": place}}]
+        return parts
+
+    tokens = {bos: {"id": bos, "ids": [model.ids["bos"]], "tokens": [bos]}}
+    pair = template("A", "B")
+    return {"type": "TemplateProcessing", "single": template("A"), "pair": pair, "special_tokens": tokens}
+
+
+def _unigram(model: ModelProto) -> dict[str, Any]:
+    vocab = [[piece, score if kind == _NORMAL else _NEVER] for piece, score, kind in model.pieces]
+    return {"type": "Unigram", "unk_id": model.ids.get("unk"), "vocab": vocab, "byte_fallback": model.byte_fallback}
+
+
+def _bpe(model: ModelProto) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": model.symbol("unk") if "unk" in model.ids else None,
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": model.byte_fallback,
+        "ignore_merges": False,
+        "vocab": {piece: index for index, (piece, _, _) in enumerate(model.pieces)},
+        "merges": _merges(model),
+    }
+
+
+def _merges(model: ModelProto) -> list[list[str]]:
+    """Every way to join two pieces into a third, best score first: SentencePiece keeps scores, Hugging Face an order."""
+    normal = {piece: index for index, (piece, _, kind) in enumerate(model.pieces) if kind == _NORMAL}
+    ranked = [
+        (-model.pieces[index][1], normal[left], normal[right], left, right)
+        for piece, index in normal.items()
+        for left, right in ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
+        if left in normal and right in normal
+    ]
+    return [[left, right] for *_, left, right in sorted(ranked)]
+
+
+def with_coarse_scores(model: bytes) -> bytes:
+    """The model with scores rounded to multiples of 1/256, which moves no probability by more than 0.2 %.
+
+    Sums of them are exact, in SentencePiece's fp32 as in Hugging Face's fp64, so both take the same of two equally
+    good Unigram segmentations.
+    """
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    for piece in proto.pieces:
+        piece.score = round(piece.score * 256) / 256
+    return bytes(proto.SerializeToString(deterministic=True))

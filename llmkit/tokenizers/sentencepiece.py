@@ -1,0 +1,198 @@
+"""SentencePiece tokenizers: BPE or Unigram with byte fallback, so that every string has ids and no text is unknown.
+
+The training flags are those whose models convert exactly to ``tokenizer.json``: no normalisation, no space put before a
+text, all whitespace kept. The one thing that does not survive is U+2581, which SentencePiece uses for a space.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from llmkit.errors import ConfigError, DataError
+from llmkit.settings import Range
+from llmkit.tokenizers.hf_files import ModelProto, with_coarse_scores, write_hf_files
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+logger = logging.getLogger("llmkit.tokenizers")
+
+MODEL_FILE = "tokenizer.model"
+CONTROL_SYMBOLS = ("<unk>", "<s>", "</s>", "<pad>")  # ids 0 to 3
+_MIN_VOCAB_SIZE = len(CONTROL_SYMBOLS) + 256 + 1  # and one byte piece for each byte value, and one character
+_TRAIN_THREADS = 4  # the counts of Unigram are added in an order that depends on it: never the number of cores
+_SENTENCE = re.compile(r"(?s).{1,2000}(?=\s|\Z)|.{1,2000}")  # the trainer drops what is longer than its limit
+_MAX_SENTENCE_BYTES = 16384
+# Unigram adds up scores in fp32, which is exact over so few characters; and BPE is fastest on strings of this length
+_SEGMENT = re.compile(r"(?s).{1000,}?[^ ](?= )|.+")
+
+
+@dataclass(frozen=True)
+class SentencePieceSpec:
+    """Trains a SentencePiece model on the training text, or opens the one at ``path``."""
+
+    kind: Literal["bpe", "unigram"]
+    vocab_size: Annotated[int, Range(_MIN_VOCAB_SIZE, 2**20)]
+    path: str | None
+    character_coverage: Annotated[float, Range(0.9, 1)]
+    split_digits: bool
+    extra_symbols: list[str]
+    max_train_bytes: Annotated[int, Range(1024)]
+
+    def problems(self) -> list[tuple[str, str]]:
+        """Extra symbols that cannot be one."""
+        found = [
+            ("extra_symbols", f"{symbol!r} is empty, reserved or given twice")
+            for place, symbol in enumerate(self.extra_symbols)
+            if not symbol or symbol in CONTROL_SYMBOLS or symbol in self.extra_symbols[:place]
+        ]
+        if self.vocab_size < _MIN_VOCAB_SIZE + len(self.extra_symbols):
+            found.append(("extra_symbols", "the symbols leave no room for characters: raise vocab_size"))
+        return found
+
+    def open(self) -> SentencePieceTokenizer | None:
+        """The model at ``path`` (the file, or a folder that holds ``tokenizer.model``)."""
+        return None if self.path is None else SentencePieceTokenizer.load(Path(self.path).expanduser())
+
+    def key(self) -> dict[str, Any]:
+        if (tokenizer := self.open()) is not None:
+            return {"sentencepiece": tokenizer.fingerprint}
+        return {**asdict(self), "trainer": version("sentencepiece")}
+
+    def train(self, texts: Iterable[str], folder: Path) -> SentencePieceTokenizer:
+        """Train on the first ``max_train_bytes`` of ``texts``; the same texts give the same model.
+
+        Raises ``ConfigError`` when the text is too small for ``vocab_size``, with the largest size it allows.
+        """
+        from sentencepiece import SentencePieceTrainer
+
+        model = io.BytesIO()
+        try:
+            SentencePieceTrainer.train(
+                sentence_iterator=_sentences(texts, self.max_train_bytes),
+                model_writer=model,
+                model_type=self.kind,
+                vocab_size=self.vocab_size,
+                character_coverage=self.character_coverage,
+                split_digits=self.split_digits,
+                control_symbols=self.extra_symbols,
+                required_chars=self._symbol_characters(),
+                byte_fallback=True,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                allow_whitespace_only_pieces=True,
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=3,
+                max_sentence_length=_MAX_SENTENCE_BYTES,
+                num_threads=_TRAIN_THREADS,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            raise self._training_error(str(error)) from error
+        coarse = with_coarse_scores(model.getvalue()) if self.kind == "unigram" else model.getvalue()
+        tokenizer = SentencePieceTokenizer(coarse)
+        tokenizer.save(folder)
+        return tokenizer
+
+    def _symbol_characters(self) -> str:
+        """Characters Unigram must know so that a symbol's name in a text is spelled out, by ``tokenizer.json`` too."""
+        symbols = (*CONTROL_SYMBOLS, *self.extra_symbols, "<0x0123456789ABCDEF>")
+        return "".join(sorted(set("".join(symbols)))) if self.kind == "unigram" else ""
+
+    def _training_error(self, message: str) -> ConfigError | DataError:
+        if high := re.search(r"too high.*<= (\d+)", message):
+            what = f"the text is too small for a vocabulary of {self.vocab_size}"
+            fix = f"set tokenizer.vocab_size to at most {high[1]}, or give more text"
+            return ConfigError(what, where="tokenizer.vocab_size", fix=fix)
+        if low := re.search(r"required_chars\. \d+ vs (\d+)", message):
+            what = f"a vocabulary of {self.vocab_size} does not hold the characters of the text"
+            fix = f"set tokenizer.vocab_size to at least {low[1]}, or lower tokenizer.character_coverage"
+            return ConfigError(what, where="tokenizer.vocab_size", fix=fix)
+        if "sentences_.empty" in message:
+            return DataError("there is no text to train a tokenizer on", where="data.path")
+        return DataError(f"the tokenizer cannot be trained: {message[:300]}", where="tokenizer")
+
+
+def _sentences(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    """Pieces of the texts, cut before whitespace. Line ends stay inside the pieces: only so are they learned."""
+    left = max_bytes
+    for text in texts:
+        left -= len(text.encode())
+        yield from _SENTENCE.findall(text)
+        if left <= 0:
+            logger.info("tokenizer trained on the first %d bytes of the text", max_bytes - left)
+            return
+
+
+class SentencePieceTokenizer:
+    """Implements ``interfaces.Tokenizer`` on a serialised SentencePiece model."""
+
+    def __init__(self, model: bytes, where: str = "tokenizer") -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = model
+        try:
+            self._processor: SentencePieceProcessor = SentencePieceProcessor(model_proto=model)
+            self.vocab_size = int(self._processor.vocab_size())
+        except RuntimeError as error:
+            raise DataError("this is no SentencePiece model", where=where, fix="copy the file again") from error
+        self._proto = ModelProto.parse(model)
+        self._words_apart = self._proto.words_apart
+        if self._processor.eos_id() < 0:
+            fix = "train it with an eos_id, or train a new one with tokenizer.path=null"
+            raise ConfigError("the tokenizer has no end-of-text symbol", where=where, fix=fix)
+        self.eos_id = int(self._processor.eos_id())
+        self.bos_id = _id_or_none(self._processor.bos_id())
+        self.unk_id = _id_or_none(self._processor.unk_id())
+        pad_id = _id_or_none(self._processor.pad_id())
+        self.pad_id = self.eos_id if pad_id is None else pad_id
+        self.fingerprint = hashlib.sha256(model).hexdigest()
+
+    @classmethod
+    def load(cls, path: Path) -> SentencePieceTokenizer:
+        """From ``tokenizer.model`` or the folder that holds it."""
+        file = path / MODEL_FILE if path.is_dir() else path
+        try:
+            return cls(file.read_bytes(), str(file))
+        except OSError as error:
+            what = f"the tokenizer cannot be read: {error.strerror}"
+            raise ConfigError(what, where=str(file), fix="give a tokenizer.model or its folder") from error
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """In one thread, because preparation spreads over processes. Raises ``DataError`` for a lone surrogate."""
+        split = [_SEGMENT.findall(text) if self._words_apart else [text] for text in texts]
+        try:
+            segments = [segment.encode() for part in split for segment in part]
+        except UnicodeEncodeError as error:
+            raise DataError("a text holds half of a surrogate pair, which is no character") from error
+        ids = iter(self._processor.encode(segments, num_threads=1))
+        return [list(chain.from_iterable(islice(ids, len(part)))) for part in split]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        text: str = self._processor.decode([int(i) for i in ids])
+        return text
+
+    def save(self, folder: Path) -> None:
+        """``tokenizer.model``, and what ``transformers`` reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MODEL_FILE).write_bytes(self._model)
+        write_hf_files(self._proto, folder)
+
+
+def _id_or_none(index: int) -> int | None:
+    return int(index) if index >= 0 else None

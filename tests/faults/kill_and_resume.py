@@ -1,0 +1,303 @@
+"""Kill a real `llmkit pretrain` at random moments, start the same command again, and compare with an unbroken run.
+
+    python -m tests.faults.kill_and_resume --kills 100
+    python -m tests.faults.kill_and_resume --kills 60 --signals
+
+SIGKILL is the default; with ``--signals`` SIGTERM, SIGINT and SIGUSR1 take turns, and the exit codes are checked too.
+Attempts are forked from a process that has torch loaded already; ``--fresh`` starts a new interpreter for each of them.
+A run counts as equal when every row of its ``metrics.jsonl`` (all but wall-clock figures) and the bytes of its last
+weights and optimizer state are those of the unbroken run. Ends with 0 when nothing was lost, 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import mmap
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PHASES = ("start", "prepare", "build", "step", "eval", "save", "remove", "end")
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+CODE_BEFORE_FIRST_STEP = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
+PATIENCE_S = 120.0
+RECIPE = (
+    *("model.d_model=32", "model.n_layers=2", "model.n_heads=2", "model.dropout=0.1", "model.max_seq_len=64"),
+    *("data.seq_len=32", "data.val_fraction=0.1", "data.n_workers=1", "tokenizer.vocab_size=320"),
+    *("engine.micro_batch_size=4", "engine.grad_accum_steps=2", "engine.n_threads=1", "engine.device=cpu"),
+    *("engine.max_steps=60", "engine.eval_every=7", "engine.save_every=5", "engine.log_every=1"),
+    *("schedule.warmup_steps=5", "optim.lr=3e-3", "tracking=none", "callbacks=none"),
+)
+WALL_CLOCK = ("perf/", "time/")
+
+
+def write_corpus(path: Path) -> None:
+    """300 documents, no two alike: equal losses cannot hide a repeated batch."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(200)]
+    texts = (" ".join(rng.choices(words, k=rng.randint(5, 60))) for _ in range(300))
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def mark_phases(shared: mmap.mmap) -> None:
+    """Let the process write what it is doing into its first shared byte."""
+    from llmkit.commands import training
+    from llmkit.engine import trainer
+    from llmkit.engine.checkpoint import CheckpointStore
+
+    def during(phase: str, function: Callable[..., Any], after: str = "") -> Callable[..., Any]:
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            before, shared[0] = shared[0], PHASES.index(phase)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                shared[0] = PHASES.index(after) if after else before
+
+        return marked
+
+    for owner, name, phase, after in (
+        (training, "load_text", "prepare", "build"),
+        (trainer.Trainer, "fit", "step", "end"),
+        (trainer, "evaluate_loss", "eval", ""),
+        (CheckpointStore, "save", "save", ""),
+        (CheckpointStore, "_retain", "remove", ""),
+    ):
+        setattr(owner, name, during(phase, getattr(owner, name), after))
+
+
+def run_llmkit(shared: mmap.mmap, log: Path, argv: Sequence[str]) -> int:
+    """One attempt inside its own process; what it prints goes to ``log``."""
+    from llmkit.cli import main
+
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    mark_phases(shared)
+    return main(argv)
+
+
+@dataclass
+class Attempt:
+    """A started process and the byte in which it says what it is doing."""
+
+    pid: int
+    shared: mmap.mmap
+
+    @property
+    def phase(self) -> str:
+        return PHASES[self.shared[0]]
+
+    def code(self, *, wait: bool) -> int | None:
+        """Exit code, minus the signal that ended it, or None while it runs."""
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            if not wait:
+                return None
+            time.sleep(0.002)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        raise SystemExit(f"attempt {self.pid} did not end within {PATIENCE_S} s (phase {self.phase})")
+
+
+@dataclass
+class Experiment:
+    """All attempts of all runs, and what was found wrong."""
+
+    folder: Path
+    kills: int
+    rng: random.Random
+    use_stop_signals: bool
+    fresh: bool
+    overrides: Sequence[str]
+    by_phase: Counter[str] = field(default_factory=Counter)
+    by_code: Counter[str] = field(default_factory=Counter)
+    starts_in_a_run: list[int] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    duration: float = 0.0
+
+    # -- one attempt ---------------------------------------------------------------------------------------------
+
+    def start(self, name: str) -> Attempt:
+        """The same command each time; every run prepares its data in a cache of its own."""
+        path = self.folder / "phase"
+        path.write_bytes(bytes(mmap.PAGESIZE))
+        with path.open("r+b") as file:
+            shared = mmap.mmap(file.fileno(), mmap.PAGESIZE)
+        argv = ["pretrain", *RECIPE, f"data.path={self.folder / 'corpus.jsonl'}", f"run.root={self.folder / 'runs'}"]
+        argv += [f"run.name={name}", f"data.cache_dir={self.folder / 'cache' / name}", *self.overrides]
+        log = self.folder / f"{name}.log"
+        if self.fresh:
+            command = [sys.executable, "-m", "tests.faults.kill_and_resume", "--child", str(path), str(log), *argv]
+            return Attempt(os.spawnv(os.P_NOWAIT, sys.executable, command), shared)
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                code = run_llmkit(shared, log, argv)
+            finally:
+                os._exit(code)
+        return Attempt(pid, shared)
+
+    def strike(self, attempt: Attempt, number: signal.Signals) -> tuple[str, int | None]:
+        """Send ``number`` at a random moment; the phase it met, and None or the exit code of a process that was faster.
+
+        Half of the moments are uniform in time. The others wait for a phase, so that short ones are met as well.
+        """
+        moment = time.monotonic() + self.rng.uniform(0, 0.5) * self.duration
+        wanted = self.rng.choice(PHASES[:-1]) if self.rng.random() < 0.5 else ""
+        while time.monotonic() < moment or (wanted and attempt.phase != wanted):
+            code = attempt.code(wait=False)
+            if code is not None:
+                return attempt.phase, code
+            if time.monotonic() > moment + self.duration:
+                wanted = ""  # it is past that phase
+            time.sleep(0.0005)
+        time.sleep(self.rng.choice([0.0, 0.001, 0.004, 0.02]) * self.rng.random())
+        phase = attempt.phase
+        os.kill(attempt.pid, number)
+        return phase, None
+
+    # -- one run -------------------------------------------------------------------------------------------------
+
+    def unbroken(self) -> dict[str, Any]:
+        """The run that nothing disturbs. A second one tells how long an attempt takes."""
+        for name in ("unbroken", "again"):
+            started = time.monotonic()
+            code = self.start(name).code(wait=True)
+            self.duration = time.monotonic() - started
+            if code != 0:
+                raise SystemExit(f"the unbroken run ended with {code}:\n{(self.folder / f'{name}.log').read_text()}")
+        wanted = self.result("unbroken")
+        if self.result("again") != wanted:
+            raise SystemExit("two unbroken runs differ: nothing can be compared on this machine")
+        return wanted
+
+    def result(self, name: str) -> dict[str, Any]:
+        """Every row of the curve, and the bytes that training arrived at."""
+        from llmkit.engine.manifest import record_of
+
+        run = self.folder / "runs" / name
+        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        newest = self.newest(name)
+        last = run / "checkpoints" / f"step_{newest}"
+        hashes = {file: record_of(last / file) for file in ("model/model.safetensors", "optimizer.safetensors")}
+        curve = [{key: value for key, value in row.items() if not key.startswith(WALL_CLOCK)} for row in rows]
+        return {"curve": curve, "hashes": hashes, "step": newest}
+
+    def newest(self, name: str) -> int:
+        """The newest valid step, 0 without one."""
+        from llmkit.engine.checkpoint import CheckpointStore
+
+        found = CheckpointStore(self.folder / "runs" / name / "checkpoints", keep_last=2, keep_best=True).newest()
+        return found.step if found else 0
+
+    def broken(self, name: str, wanted: dict[str, Any]) -> None:
+        """Strike and start again until the run is through; then compare."""
+        starts, committed = 0, 0
+        while True:
+            attempt = self.start(name)
+            starts += 1
+            number = signal.SIGKILL
+            if self.use_stop_signals:
+                number = STOPS[self.by_phase.total() % len(STOPS)]
+            phase, code = ("end", attempt.code(wait=True)) if self.enough else self.strike(attempt, number)
+            struck = code is None
+            code = attempt.code(wait=True) if code is None else code
+            if struck:
+                self.by_phase[phase] += 1
+                self.by_code[f"{number.name} in {phase}: {code}" if self.use_stop_signals else str(code)] += 1
+            self.judge(name, phase, number if struck else None, code or 0)
+            found = self.newest(name)
+            if found < committed:
+                self.wrong.append(f"{name}: committed step {committed} was lost, the newest is {found}")
+            committed = found
+            if code == 0:
+                break
+            if self.wrong:
+                return
+        self.starts_in_a_run.append(starts)
+        got = self.result(name)
+        self.wrong += [f"{name}: {key} differs from the unbroken run" for key in wanted if got[key] != wanted[key]]
+
+    def judge(self, name: str, phase: str, number: signal.Signals | None, code: int) -> None:
+        """Whether the attempt was allowed to end with ``code``."""
+        allowed = {0}
+        if number == signal.SIGKILL:
+            allowed |= {-signal.SIGKILL}
+        elif number is not None and phase in ("start", "prepare", "build"):
+            # Before the handlers are there, the system ends the process: -15 is what a shell calls 143.
+            allowed |= {CODE_BEFORE_FIRST_STEP[number], 75} | ({-number} if phase == "start" else set())
+        elif number is not None and phase != "end":
+            allowed |= {75}
+        elif number is not None:
+            allowed |= {CODE_BEFORE_FIRST_STEP[number], -number}
+        if code not in allowed:
+            tail = (self.folder / f"{name}.log").read_text()[-1500:]
+            self.wrong.append(
+                f"{name}: ended with {code} in phase {phase} ({number}), allowed {sorted(allowed)}\n{tail}"
+            )
+
+    @property
+    def enough(self) -> bool:
+        return self.by_phase.total() >= self.kills
+
+    def run(self) -> int:
+        """All of it; prints the figures and returns the exit code."""
+        write_corpus(self.folder / "corpus.jsonl")
+        started = time.monotonic()
+        wanted = self.unbroken()
+        while not self.enough and not self.wrong:
+            self.broken(f"run{len(self.starts_in_a_run)}", wanted)
+        print(
+            f"{self.by_phase.total()} signals in {len(self.starts_in_a_run)} runs, {time.monotonic() - started:.0f} s"
+        )
+        print("  by phase:", ", ".join(f"{phase} {self.by_phase[phase]}" for phase in PHASES))
+        print("  exit codes:", ", ".join(f"{text} ({n}x)" for text, n in sorted(self.by_code.items())))
+        print(
+            f"  starts until a run was through: {min(self.starts_in_a_run or [0])} to {max(self.starts_in_a_run or [0])}"
+        )
+        print(f"  rows compared in each run: {len(wanted['curve'])}, of {wanted['step']} steps")
+        print(f"  wrong: {len(self.wrong)}", *self.wrong, sep="\n    ")
+        return 1 if self.wrong else 0
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--child"]:
+        with open(sys.argv[2], "r+b") as file:
+            return run_llmkit(mmap.mmap(file.fileno(), mmap.PAGESIZE), Path(sys.argv[3]), sys.argv[4:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="signals to send before the last run may finish")
+    parser.add_argument("--seed", type=int, default=0, help="decides the moments")
+    parser.add_argument("--signals", action="store_true", help="SIGTERM, SIGINT and SIGUSR1 instead of SIGKILL")
+    parser.add_argument("--fresh", action="store_true", help="a new interpreter for every attempt")
+    parser.add_argument("--keep", type=Path, help="work in this folder and leave it there")
+    args, overrides = parser.parse_known_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not args.fresh:
+            import accelerate  # noqa: F401
+            import safetensors.torch  # noqa: F401
+            import sentencepiece  # noqa: F401
+
+            import llmkit.commands.pretrain
+            import llmkit.commands.training  # noqa: F401
+        rng = random.Random(args.seed)
+        return Experiment(folder, args.kills, rng, args.signals, args.fresh, overrides).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -152,14 +152,14 @@ def _run_configured(name: str, args: argparse.Namespace) -> int:
         targets.allow(prefix)
     folder = Path(args.config_dir) if args.config_dir else None
     if args.help:
-        from llmkit.config.help import command_help
+        from llmkit.config.help import config_help
 
-        print(command_help(name, args.overrides, folder))
+        print(f"{short_help(name)}\n\n{config_help(name, args.overrides, folder)}")
         return EXIT_OK
     if args.multirun:
         from llmkit.config.sweep import sweep
 
-        return sweep(name, args)
+        return sweep(name, args.overrides, folder, passed_on(name, args))
     composed = compose(name, args.overrides, folder)
     if args.cfg:
         from llmkit.config.yaml_file import dump
@@ -210,6 +210,18 @@ def parse_flags(name: str, words: list[str]) -> argparse.Namespace:
 def flags_of(name: str) -> tuple[Flag, ...]:
     command = COMMANDS[name]
     return (*command.flags, *(COMMON if command.config else ()))
+
+
+def passed_on(name: str, args: argparse.Namespace) -> list[str]:
+    """The flags that each job of a sweep gets too."""
+    words = []
+    for flag in flags_of(name):
+        value = getattr(args, flag.names[-1].lstrip("-").replace("-", "_"))
+        if flag.names[-1] == "--multirun" or not value:
+            continue
+        values = value if isinstance(value, list) else [value]
+        words += [f"{flag.names[-1]}={value}" if flag.value else flag.names[-1] for value in values]
+    return words
 
 
 def _unknown(kind: str, word: str, options: list[str], otherwise: str) -> ConfigError:

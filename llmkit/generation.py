@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, Protocol
 
@@ -178,8 +178,8 @@ def _read_prompts(
     dropped = [len(row) - kept for row in rows if len(row) > max_seq_len]
     if dropped:
         log.warning(
-            "%d of %d prompts are longer than the model's %d tokens: their first %d tokens were not read, the last %d were",
-            *(len(dropped), len(rows), max_seq_len, sum(dropped), kept),
+            "%d of %d prompts are longer than the model's %d tokens: the last %d of each were read, %d before them not",
+            *(len(dropped), len(rows), max_seq_len, kept, sum(dropped)),
         )
     return [row[-kept:] if len(row) > max_seq_len else row for row in rows]
 
@@ -208,7 +208,7 @@ def _tokens(
     tokenizer: Tokenizer,
     settings: GenerationConfig,
     device: torch.device | str,
-) -> Iterator[list[int]]:
+) -> Generator[list[int], None, None]:
     """The next id of every row, step by step without end."""
     ids_BT, position_ids_BT, document_ids_BT = _left_padded(rows, tokenizer.pad_id, device)
     sampler = Sampler(settings, _seeds(prompts, settings.seed), rows, tokenizer.vocab_size)
@@ -286,10 +286,12 @@ class Sampler:
             logits_BV = keep_top_k(logits_BV, settings.top_k)
         if settings.top_p is not None:
             logits_BV = keep_top_p(logits_BV, settings.top_p)
-        cumulative_BV = logits_BV.double().softmax(-1).cumsum(-1)
-        uniform_B1 = torch.stack([torch.rand(1, generator=g) for g in self.generators]).to(logits_BV.device)
+        exact_BV = logits_BV.cpu() if logits_BV.device.type == "mps" else logits_BV  # MPS has no fp64
+        cumulative_BV = exact_BV.double().softmax(-1).cumsum(-1)
+        uniform_B1 = torch.stack([torch.rand(1, generator=g) for g in self.generators]).to(exact_BV.device)
         # right: the first id whose cumulative probability exceeds the number, so never one of probability 0
-        return torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True).squeeze(1)
+        next_B1 = torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True)
+        return next_B1.squeeze(1).to(logits_BV.device)
 
 
 def penalize(logits_BV: Tensor, seen_BV: Tensor, penalty: float) -> Tensor:

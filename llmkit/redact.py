@@ -40,7 +40,7 @@ _SHAPES: tuple[tuple[re.Pattern[str], str], ...] = (
         re.compile(
             r"(?<![\w-])(?:hf_\w{16,}|sk-[\w-]{16,}|gh[pousr]_\w{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"
             r"|(?:AKIA|ASIA)[A-Z0-9]{16}|xox[abprs]-[\w-]{10,}|AIza[\w-]{30,}|wandb_v\d_\w{16,}"
-            r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"
+            r"|eyJ[\w-]{6,}\.[\w-]{6,}\.[\w-]+)"
         ),
         MASK,
     ),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from llmkit.config.build import build
 from llmkit.data.prepare import PreparedData, prepare
 from llmkit.engine.init import resolve_init
+from llmkit.engine.stop import leave_on_signal
 from llmkit.tokenizers.load import load_tokenizer
 from llmkit.tokenizers.report import tokenizer_report
 
@@ -24,15 +25,16 @@ def run(cfg: PrepareConfig | PretrainConfig, args: argparse.Namespace) -> int:
     from rich.console import Console
 
     init = None if cfg.init is None else resolve_init(cfg.init)
-    prepared = prepare(
-        cfg.data,
-        None if init else build(cfg.tokenizer),
-        tokenizer=None if init is None else load_tokenizer(init),
-        load=load_tokenizer,
-        report=tokenizer_report,
-        progress=True,
-        verify=True,
-    )
+    with leave_on_signal():
+        prepared = prepare(
+            cfg.data,
+            None if init else build(cfg.tokenizer),
+            tokenizer=None if init is None else load_tokenizer(init),
+            load=load_tokenizer,
+            report=tokenizer_report,
+            progress=True,
+            verify=True,
+        )
     console = Console(highlight=False)
     for table in (*map(source_table, prepared.report["sources"]), splits_table(prepared.report)):
         console.print(table)

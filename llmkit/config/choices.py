@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llmkit.config.overrides import COMMAND_LINE, Override, quoted
+from llmkit.config.overrides import COMMAND_LINE, Override
 from llmkit.config.suggest import did_you_mean, nearest
 from llmkit.config.yaml_file import YamlFile, read_yaml
 from llmkit.errors import ConfigError, Problem
@@ -130,7 +131,10 @@ class Choices:
             self.incomplete = True
             return
         file = read_yaml(path)
-        file.tree["defaults"] = list(self._sound_defaults(file))
+        defaults = list(self._sound_defaults(file))
+        file.tree["defaults"] = sorted(
+            defaults, key=lambda entry: isinstance(entry, dict)
+        )  # Hydra wants overrides last
         self.recipe_file = file
         self.chosen["recipe"] = str(path)
         self.hydra.append(f"recipe={USER_RECIPE}")
@@ -170,12 +174,11 @@ def load(picked: Choices) -> tuple[dict[str, Any], list[tuple[str, YamlFile]]]:
     from hydra.errors import HydraException
     from hydra.types import RunMode
 
-    store_recipe(picked)
+    tell_hydra(picked)
     try:
-        with initialize_config_dir(str(picked.folders[0]), **version_base()):
+        with initialize_config_dir(str(recipes_dir()), **version_base()):
             loader = GlobalHydra.instance().config_loader()
-            overrides = [*picked.hydra, *search_path(picked)]
-            layers = loader.compute_defaults_list(picked.command, overrides, RunMode.RUN).defaults
+            layers = loader.compute_defaults_list(picked.command, picked.hydra, RunMode.RUN).defaults
     except HydraException as error:
         raise _composition_error(error, picked) from None
     files = [(layer.package or "", _file_of(picked, layer.config_path)) for layer in layers if not _is_hydras(layer)]
@@ -219,21 +222,35 @@ def _file_of(picked: Choices, config: str) -> YamlFile:
     return picked.read(path)
 
 
-def search_path(picked: Choices) -> list[str]:
-    """Hydra reads the first folder as its main one; this names the others."""
-    others = ",".join(quoted(f"file://{folder}") for folder in picked.folders[1:])
-    return [f"hydra.searchpath=[{others}]"] if others else []
+def tell_hydra(picked: Choices) -> None:
+    """Make the recipe file and the user's folder known to Hydra, which then looks in that folder first."""
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.plugins import Plugins
+    from omegaconf import OmegaConf
 
-
-def store_recipe(picked: Choices) -> None:
     if picked.recipe_file is not None:
-        from hydra.core.config_store import ConfigStore
-        from omegaconf import OmegaConf
+        place = {"group": "recipe", "package": "_global_", "provider": str(picked.recipe_file.path)}
+        again: dict[str, Any] = {} if version_base() else {"replace": True}  # 1.3 always replaces, 1.4 wants to be told
+        ConfigStore.instance().store(USER_RECIPE, OmegaConf.create(picked.recipe_file.tree), **place, **again)
+    _first_folder[:] = picked.folders[:-1]
+    if _first_folder:
+        Plugins.instance().register(_search_plugin())
 
-        node = OmegaConf.create(picked.recipe_file.tree)
-        ConfigStore.instance().store(
-            name=USER_RECIPE, node=node, group="recipe", package="_global_", provider=str(picked.recipe_file.path)
-        )
+
+_first_folder: list[Path] = []
+
+
+@cache
+def _search_plugin() -> type:
+    from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    class FirstFolder(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            for folder in _first_folder:
+                search_path.prepend("llmkit", f"file://{folder}", SearchPathQuery(provider="main"))
+
+    return FirstFolder
 
 
 def version_base() -> dict[str, Any]:

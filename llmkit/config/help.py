@@ -1,4 +1,4 @@
-"""``llmkit <command> --help``: flags, groups with their options, and every key with its type, default and meaning."""
+"""``llmkit <command> --help``: the groups with their options, and every key with its value, meaning and type."""
 
 from __future__ import annotations
 
@@ -28,15 +28,12 @@ values:
   key=a,b is a sweep and needs -m; ~tracking.wandb takes a tracker out; a value may hold spaces and any letters"""
 
 
-def command_help(command: str, overrides: Sequence[str], config_dir: Path | None) -> str:
-    """The whole page. Choices on the line (``model=gpt2``) decide which keys are shown."""
-    from llmkit.cli import short_help
-
+def config_help(command: str, overrides: Sequence[str], config_dir: Path | None) -> str:
+    """What stands below the flags. Choices on the line (``model=gpt2``) decide which keys are shown."""
     composed = compose(command, overrides, config_dir)
     if composed.problems:
         raise config_error(composed.problems)
-    parts = [short_help(command), "\n".join(_groups(command, config_dir, composed)), "\n".join(_keys(composed)), _TRAPS]
-    return "\n\n".join(parts)
+    return "\n\n".join(["\n".join(_groups(command, config_dir, composed)), "\n".join(_keys(composed)), _TRAPS])
 
 
 def _groups(command: str, config_dir: Path | None, composed: Composed) -> Iterator[str]:

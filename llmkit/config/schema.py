@@ -36,7 +36,6 @@ class PretrainConfig:
 class PrepareConfig:
     """``llmkit prepare``"""
 
-    run: RunConfig
     init: str | None
     tokenizer: Node
     data: DataConfig

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.config.check import check, config_error
-from llmkit.config.choices import USER_RECIPE, Choices, search_path, store_recipe, version_base
+from llmkit.config.choices import USER_RECIPE, Choices, recipes_dir, tell_hydra, version_base
 from llmkit.config.compose import compose
 from llmkit.config.overrides import Override, parse
 from llmkit.errors import ConfigError, LLMKitError, Problem, Stopped
@@ -42,12 +42,14 @@ class Job:
     score: float | None
 
 
-def sweep(command: str, args: argparse.Namespace) -> int:
-    """Run every job; 0 when all of them did. Raises ConfigError before the first when a value of any is wrong."""
+def sweep(command: str, texts: list[str], config_dir: Path | None, flags: list[str]) -> int:
+    """Run every job with ``flags``; 0 when all of them went well.
+
+    Raises ConfigError before the first job when a value of any is wrong.
+    """
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ConfigError("a sweep starts its own processes", fix="start it without torchrun, as one process")
-    config_dir = Path(args.config_dir) if args.config_dir else None
-    overrides = _read(args.overrides)
+    overrides = _read(texts)
     first = _check_all(command, overrides, config_dir)
     run = first.get("run", {"root": "runs", "name": command})
     folder = Path(run["root"]).expanduser() / f"{run['name']}-sweep"
@@ -55,10 +57,8 @@ def sweep(command: str, args: argparse.Namespace) -> int:
     for old in folder.glob("job-*.json"):
         old.unlink()
     picked, words = _for_hydra(command, overrides, config_dir, folder)
-    flags = [*(["--config-dir", str(config_dir)] if config_dir else [])]
-    flags += [word for prefix in args.allow for word in ("--allow", prefix)]
     recipe = str(picked.recipe_file.path) if picked.recipe_file else ""
-    _hydra_main(_task(command, flags, recipe, folder, "run" in first), picked.folders[0], command, words)
+    _hydra_main(_task(command, flags, recipe, folder, "run" in first), command, words)
     return _summary(folder)
 
 
@@ -127,8 +127,8 @@ def _for_hydra(
     }
     given = {override.key for override in overrides}
     words += [f"{key}={value}" for key, value in quiet.items() if key not in given]
-    store_recipe(picked)
-    return picked, [*words, *search_path(picked)]
+    tell_hydra(picked)
+    return picked, words
 
 
 def _task(command: str, flags: list[str], recipe: str, folder: Path, named: bool) -> Callable[[Any], float]:
@@ -182,13 +182,13 @@ def _score(run: Path) -> float | None:
     return None if value is None else float(value)
 
 
-def _hydra_main(task: Callable[[Any], float], config_dir: Path, command: str, words: list[str]) -> None:
+def _hydra_main(task: Callable[[Any], float], command: str, words: list[str]) -> None:
     import hydra
 
     argv, sys.argv = sys.argv, ["llmkit", "--multirun", *words]
     try:
         with _old_argparse():
-            hydra.main(config_path=str(config_dir), config_name=command, **version_base())(task)()
+            hydra.main(config_path=str(recipes_dir()), config_name=command, **version_base())(task)()
     except SystemExit as error:
         if error.code:
             raise ConfigError("Hydra could not run the sweep; its message stands above") from None

@@ -22,6 +22,7 @@ MAX_DEPTH = 100
 MAX_VALUES = 100_000
 
 _SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_LINE_ENDS = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # as YAML 1.1 counts lines
 _FLOAT = "tag:yaml.org,2002:float"
 _TIME = "tag:yaml.org,2002:timestamp"
 
@@ -31,7 +32,7 @@ class _Loader(_SAFE):  # type: ignore[misc]
 
 
 _Loader.add_implicit_resolver(
-    _FLOAT, re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"), list("-+.0123456789")
+    _FLOAT, re.compile(r"[-+]?\d[\d_]*\.?[\d_]*[eE][-+]?\d+$", re.ASCII), list("-+0123456789")
 )
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIME]
@@ -64,7 +65,7 @@ def read_yaml(path: Path) -> YamlFile:
         raise ConfigError(f"not valid YAML: {str(error).splitlines()[0]}", where=str(path)) from None
     if not isinstance(tree, dict):
         raise ConfigError("the file must hold 'key: value' lines", where=f"{path}:1")
-    rows = text.splitlines()
+    rows = _LINE_ENDS.split(text)
     lines, comments = {}, {}
     for key, line, end_line, end_column in _keys(root):
         if key in lines:
@@ -93,12 +94,23 @@ def header_of(text: str) -> str:
 
 def dump(tree: Any) -> str:
     """YAML text that ``read_yaml`` reads back equal: keys in order, no aliases, floats that stay floats."""
-    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf)
+    return text
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     def ignore_aliases(self, data: Any) -> bool:
         return True
+
+
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """Line separators of Unicode are escaped: a reader would fold them into spaces."""
+    style = '"' if _LINE_ENDS.search(text.replace("\n", "")) else None
+    node: yaml.Node = dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+    return node
+
+
+_Dumper.add_representer(str, _text_node)
 
 
 def _read_text(path: Path) -> str:

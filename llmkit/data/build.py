@@ -117,7 +117,8 @@ class Build:
             tokens = self._encode(workers, meter, tokenizer)
             peak = workers.peak_memory_bytes()
         self._check_unchanged()
-        report = self._report(tokens) | {"tokenizer": self._tokenizer_report(tokenizer)}
+        report = self._report(tokens, n_special=1 if tokenizer.bos_id is None else 2)
+        report["tokenizer"] = self._tokenizer_report(tokenizer)
         report["warnings"] = warnings_of(report)
         seconds = time.monotonic() - began
         n_bytes = sum(source.n_bytes for source in self.reports)
@@ -254,13 +255,14 @@ class Build:
                 if fingerprint(path) != mark:
                     raise changed(path)
 
-    def _report(self, tokens: list[ChunkTokens]) -> dict[str, Any]:
-        """Counts of what was read, written and leaked; DataError where nothing is left to train on."""
+    def _report(self, tokens: list[ChunkTokens], n_special: int) -> dict[str, Any]:
+        """Counts of what was read, written and leaked; ``n_special`` ids a document are none of its text."""
         for piece, result in zip(self.pieces, tokens, strict=True):
             self.reports[piece.source].n_tokens += sum(result.n_tokens.values())
         train, val = _sums(tokens, "train"), _sums(tokens, "val")
-        if not train["n_tokens"]:
-            raise DataError("no training text is left", where=self.sources[0].paths[0], fix="give more text")
+        if train["n_tokens"] == train["n_documents"] * n_special:
+            where = self.sources[0].paths[0]
+            raise DataError("the tokenizer gave no ids for the training text", where=where, fix="use another tokenizer")
         return {
             "sources": [report.plain() for report in self.reports],
             "train": train,

@@ -31,7 +31,7 @@ log = logging.getLogger("llmkit.data")
 
 FORMAT = 1
 _N_CHANGES = 3
-_MANIFEST, _INPUTS = "manifest.json", "inputs.json"
+_MANIFEST, _INPUTS, _SEAL = "manifest.json", "inputs.json", "manifest_sha256"
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -145,7 +145,12 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
     """List every file of an entry, last of all."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST)
     rows = {str(path.relative_to(folder)): _file_facts(path) for path in files}
-    write_json(folder / _MANIFEST, {"format": FORMAT, **facts, "files": rows})
+    write_json(folder / _MANIFEST, sealed({"format": FORMAT, **facts, "files": rows}))
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with a SHA-256 of itself."""
+    return manifest | {_SEAL: hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()}
 
 
 def _file_facts(path: Path) -> dict[str, Any]:
@@ -161,19 +166,24 @@ def _sha256(path: Path) -> str:
 def open_manifest(folder: Path, *, verify: bool) -> dict[str, Any]:
     """The manifest of an entry whose files all fit it. Raises DataError naming the first that does not."""
     manifest = read_json(folder / _MANIFEST)
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError("prepared data is in another format", where=str(folder))
+    if not isinstance(manifest, dict) or manifest != sealed({k: v for k, v in manifest.items() if k != _SEAL}):
+        raise DataError(f"{_MANIFEST} is damaged", where=str(folder))
+    if manifest["format"] != FORMAT:
+        raise DataError(f"prepared data is in format {manifest['format']}, not {FORMAT}", where=str(folder))
     for name, facts in manifest["files"].items():
-        path = folder / name
         try:
-            stat = path.stat()
-            if stat.st_size != facts["size"]:
-                raise DataError(f"{name} has {stat.st_size} bytes instead of {facts['size']}", where=str(path))
-            if (verify or stat.st_mtime_ns != facts["mtime_ns"]) and _sha256(path) != facts["sha256"]:
-                raise DataError(f"the content of {name} is damaged", where=str(path))
+            _check_file(folder / name, facts, verify=verify)
         except OSError as error:
-            raise DataError(f"{name} cannot be read: {error.strerror}", where=str(path)) from error
+            raise DataError(f"{name} cannot be read: {error.strerror}", where=str(folder / name)) from error
     return manifest
+
+
+def _check_file(path: Path, facts: Mapping[str, Any], *, verify: bool) -> None:
+    stat = path.stat()
+    if stat.st_size != facts["size"]:
+        raise DataError(f"{path.name} has {stat.st_size} bytes instead of {facts['size']}", where=str(path))
+    if (verify or stat.st_mtime_ns != facts["mtime_ns"]) and _sha256(path) != facts["sha256"]:
+        raise DataError(f"the content of {path.name} is damaged", where=str(path))
 
 
 def write_inputs(folder: Path, paths: list[str], inputs: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.synchronize import Event
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
@@ -21,8 +21,6 @@ from llmkit.errors import MemoryBudgetError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-
-_WATCH_SECONDS = 0.2
 
 
 def n_cores() -> int:
@@ -55,15 +53,17 @@ class Workers:
     def __enter__(self) -> Workers:
         if self.n > 1:
             context = multiprocessing.get_context("spawn")
-            self._stop = context.Event()
-            self._pool = ProcessPoolExecutor(self.n, context, initializer=_start, initargs=(self._stop,))
+            self._life_in, self._life_out = context.Pipe(duplex=False)
+            self._pool = ProcessPoolExecutor(self.n, context, initializer=_start, initargs=(self._life_in,))
         return self
 
     def __exit__(self, error: type[BaseException] | None, _: object, __: TracebackType | None) -> None:
         if self.n > 1:
             if error is not None:
-                self._stop.set()
+                self._life_out.close()
             self._pool.shutdown(wait=True, cancel_futures=True)
+            self._life_out.close()
+            self._life_in.close()
 
     def map(self, function: Callable[[Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
         """``function`` of every task; at most ``2 n`` tasks are in flight. An error of one is raised in its turn."""
@@ -98,16 +98,15 @@ def _measured(function: Callable[[Task], Result], task: Task) -> tuple[Result, i
     return function(task), os.getpid(), peak_memory_bytes()
 
 
-def _start(stop: Event) -> None:
-    """Set up a worker: signals are the parent's business, and the worker ends when the parent says so or is gone."""
+def _start(life: Connection) -> None:
+    """Set up a worker: signals are the parent's business, and it ends when the parent closes ``life`` or is gone."""
     for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(name, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
-    threading.Thread(target=_watch, args=(stop,), daemon=True).start()
+    threading.Thread(target=_watch, args=(life,), daemon=True).start()
 
 
-def _watch(stop: Event) -> None:
-    parent = multiprocessing.parent_process()
-    while not stop.wait(_WATCH_SECONDS) and parent is not None and parent.is_alive():
-        pass
+def _watch(life: Connection) -> None:
+    """Nothing is ever sent: what arrives is the end, and a pipe ends even when its writer was killed."""
+    life.poll(None)
     os._exit(1)

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from llmkit.interfaces import RunInfo, Tokenizer
 from llmkit.settings import GenerationConfig, Range
 from llmkit.tracking.logs import visible
-
-if TYPE_CHECKING:
-    from torch import device, nn
 
 logger = logging.getLogger(__name__)
 
@@ -36,19 +31,27 @@ class SampleText:
     def on_evaluation(self, step: int, model: Any, run: RunInfo) -> None:
         """Write the samples of ``step``. Neither the model's mode nor any random state of the training changes."""
         try:
-            with undisturbed(model) as where:
-                text = self._sample(model, where)
+            text = self.sample(model)
             path = run.folder / "samples" / f"step_{step}.txt"
             path.parent.mkdir(exist_ok=True)
-            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            path.write_text(text, encoding="utf-8")
             logger.info("samples at step %d:\n%s", step, text.rstrip())
-        except Exception as error:  # out of memory, a full disk, a prompt that does not fit ...
+        except Exception as error:  # out of memory, a full disk, a tokenizer that cannot read the prompt ...
             logger.warning("no samples at step %d: %s: %s", step, type(error).__name__, error)
 
-    def _sample(self, model: Any, where: device) -> str:
+    def sample(self, model: Any) -> str:
+        """Each prompt with its continuation, control characters spelt out, separated by ``---``."""
         from llmkit.generation import generate
 
-        settings = GenerationConfig(
+        if self.tokenizer is None:
+            raise ValueError("SampleText was built without a tokenizer")
+        where = next(model.parameters()).device
+        completions = generate(model, self.tokenizer, self.prompts, self._settings(), device=where)
+        pairs = zip(self.prompts, completions, strict=True)
+        return "\n---\n".join(visible(prompt + completion) for prompt, completion in pairs) + "\n"
+
+    def _settings(self) -> GenerationConfig:
+        return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             temperature=self.temperature,
             top_k=self.top_k,
@@ -58,23 +61,3 @@ class SampleText:
             seed=self.seed,
             use_cache=True,
         )
-        if self.tokenizer is None:
-            raise ValueError("SampleText was built without a tokenizer")
-        completions = generate(model, self.tokenizer, self.prompts, settings, device=where)
-        pairs = zip(self.prompts, completions, strict=True)
-        return "\n---\n".join(visible(prompt + completion) for prompt, completion in pairs) + "\n"
-
-
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[device]:
-    """The model in evaluation mode, random states of its device and the CPU put back afterwards. Gives the device."""
-    import torch
-
-    where = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng([where] if where.type == "cuda" else []):
-            yield where
-    finally:
-        model.train(was_training)

@@ -24,7 +24,7 @@ from llmkit.engine.manifest import (
     Manifest,
     NewerFormatError,
     library_versions,
-    record_of,
+    records_of,
     verify,
 )
 from llmkit.errors import CheckpointError
@@ -200,13 +200,12 @@ class CheckpointStore:
         files.write(folder / STATE, (json.dumps(state, indent=1) + "\n").encode())
         files.write_with(folder / OPTIMIZER, lambda path: save_file(contiguous, path))
         files.write_with(folder / MODEL, write_model)
-        records = {}
         mode = stat.S_IMODE((folder / STATE).stat().st_mode)  # follows the umask; safetensors' writer does not
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        written = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        for path in written.values():
             path.chmod(mode)
             files.sync(path)
-            records[path.relative_to(folder).as_posix()] = record_of(path)
-        manifest = Manifest(step, best, self.facts, library_versions(), records)
+        manifest = Manifest(step, best, self.facts, library_versions(), records_of(written))
         files.write(folder / MANIFEST, manifest.render())
         for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
             files.sync(path)

@@ -51,20 +51,25 @@ class StopSignal:
 
 @contextmanager
 def leave_on_signal() -> Iterator[None]:
-    """For the time before the first step, with nothing to save: a stop signal raises ``Stopped`` (130 or 143)."""
+    """For the time before the first step, with nothing to save: a stop signal raises ``Stopped`` (130 or 143).
+
+    It is raised again at the end of the block where the code inside took it for a failure of its own and went on.
+    """
+    raised: list[Stopped] = []
 
     def leave(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        raise Stopped(
-            f"stopped by {name} before the first step; nothing was saved",
-            exit_code=EXIT_STOPPED_WITHOUT_CHECKPOINT[name],
-        )
+        code = EXIT_STOPPED_WITHOUT_CHECKPOINT[name]
+        raised.append(Stopped(f"stopped by {name} before the first step; nothing was saved", exit_code=code))
+        raise raised[-1]
 
     earlier = {number: signal.signal(number, leave) for number in SIGNALS}
     try:
         yield
     finally:
         _restore(earlier)
+    if raised:
+        raise raised[0]
 
 
 def _restore(handlers: dict[int, Any]) -> None:

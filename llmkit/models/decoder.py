@@ -91,7 +91,7 @@ class Decoder(nn.Module):
         """Normal with ``init_std``; matrices that write to the residual stream divided by sqrt(2 L) if asked for.
 
         GPT-2: 0.02 and the division (Radford et al. 2019, section 2.3; all embeddings 0.02 as ``transformers`` has it).
-        Llama: 0.02 without it (the initialisation of ``transformers``, and of OLMo 2, 2025, section 3.2).
+        Llama: 0.02 without it (the initialisation of ``transformers``; OLMo 2, arXiv 2501.00656, trains with the same).
         Drawn on the CPU in the order of the parameters, so that a seed gives the same weights on every device.
         """
         generator = torch.Generator().manual_seed(seed)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.interfaces import IGNORE_INDEX, NO_DOCUMENT, Batch, LossSum, Model
+from llmkit.objectives.chunks import auto_chunk_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,14 +36,19 @@ class CausalLM:
             found.append(("chunk_size", "must be null or at least 1"))
         return found
 
+    def logit_rows(self, n_rows: int, vocab_size: int) -> int:
+        """Of ``n_rows`` tokens, those whose logits are held at once; null chunks as on a GPU, which takes most."""
+        return min(n_rows, self.chunk_size or auto_chunk_size(vocab_size, "cuda"))
+
     def collate(self, rows: Sequence[Ids], *, seq_len: int, eos_id: int, pad_id: int) -> Batch:
         """Windows of at most ``seq_len + 1`` ids to one batch of ``seq_len`` columns.
 
         Every id but the first is a label, except those that follow an ``eos_id``: they begin another document.
         """
         ids, lengths = _pad(rows, seq_len + 1, pad_id)
-        inputs, columns = ids[:, :-1], np.arange(seq_len)
-        real = columns < lengths[:, None] - 1
+        columns = np.arange(seq_len)
+        real = columns < lengths[:, None] - 1  # the last id of a row is a label only
+        inputs = np.where(real, ids[:, :-1], pad_id)
         ends = (inputs == eos_id) & real
         labels = np.where(real & ~ends, ids[:, 1:], IGNORE_INDEX)
         starts = np.concatenate([np.zeros_like(ends[:, :1]), ends[:, :-1]], axis=1)  # a document begins after an eos

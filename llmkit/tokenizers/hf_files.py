@@ -33,6 +33,7 @@ class ModelProto:
     convertible: bool  # tokenizer.json can say the same
     byte_fallback: bool
     ids: dict[str, int]  # unk, bos, eos, pad; absent ones are left out
+    complete: bool  # a file cut between two pieces is still a model to the library
 
     @classmethod
     def parse(cls, model: bytes) -> ModelProto:
@@ -49,11 +50,12 @@ class ModelProto:
             convertible=plain and normalizer.escape_whitespaces and trainer.model_type in _KINDS,
             byte_fallback=trainer.byte_fallback,
             ids={name: index for name, index in ids.items() if index >= 0},
+            complete=proto.HasField("normalizer_spec"),
         )
 
     @property
     def words_apart(self) -> bool:
-        """Whether no piece spans a character and a space after it: text can then be encoded in parts cut there."""
+        """Whether no piece spans a character and a space after it: a text can then be encoded in parts."""
         plain = self.convertible and not self.dummy_prefix
         return plain and not any(re.search(f"[^{SPACE}]{SPACE}", piece) for piece, _, _ in self.pieces)
 
@@ -147,7 +149,7 @@ def _bpe(model: ModelProto) -> dict[str, Any]:
 
 
 def _merges(model: ModelProto) -> list[list[str]]:
-    """Every way to join two pieces into a third, best score first: SentencePiece keeps scores, Hugging Face an order."""
+    """Every way to join two pieces into a third, best score first: there scores decide, here the order."""
     normal = {piece: index for index, (piece, _, kind) in enumerate(model.pieces) if kind == _NORMAL}
     ranked = [
         (-model.pieces[index][1], normal[left], normal[right], left, right)

@@ -100,7 +100,8 @@ class HFTokenizer:
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        text: str = self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        silent = {self.bos_id, self.eos_id, self.pad_id}  # some files do not mark their special tokens as such
+        text: str = self._backend.decode([int(i) for i in ids if i not in silent], skip_special_tokens=True)
         return text
 
     def save(self, folder: Path) -> None:

@@ -30,7 +30,8 @@ MODEL_FILE = "tokenizer.model"
 CONTROL_SYMBOLS = ("<unk>", "<s>", "</s>", "<pad>")  # ids 0 to 3
 _MIN_VOCAB_SIZE = len(CONTROL_SYMBOLS) + 256 + 1  # and one byte piece for each byte value, and one character
 _TRAIN_THREADS = 4  # the counts of Unigram are added in an order that depends on it: never the number of cores
-_SENTENCE = re.compile(r"(?s).{1,2000}(?=\s|\Z)|.{1,2000}")  # the trainer drops what is longer than its limit
+# The trainer drops, in silence, sentences longer than its limit and those with U+2585
+_SENTENCE = re.compile(r"[^\u2585]{1,2000}(?=[\s\u2585]|\Z)|[^\u2585]{1,2000}")
 _MAX_SENTENCE_BYTES = 16384
 # Unigram adds up scores in fp32, which is exact over so few characters; and BPE is fastest on strings of this length
 _SEGMENT = re.compile(r"(?s).{1000,}?[^ ](?= )|.+")
@@ -140,16 +141,10 @@ class SentencePieceTokenizer:
     """Implements ``interfaces.Tokenizer`` on a serialised SentencePiece model."""
 
     def __init__(self, model: bytes, where: str = "tokenizer") -> None:
-        from sentencepiece import SentencePieceProcessor
-
         self._model = model
-        try:
-            self._processor: SentencePieceProcessor = SentencePieceProcessor(model_proto=model)
-            self.vocab_size = int(self._processor.vocab_size())
-        except RuntimeError as error:
-            raise DataError("this is no SentencePiece model", where=where, fix="copy the file again") from error
-        self._proto = ModelProto.parse(model)
+        self._processor, self._proto = _opened(model, where)
         self._words_apart = self._proto.words_apart
+        self.vocab_size = int(self._processor.vocab_size())
         if self._processor.eos_id() < 0:
             fix = "train it with an eos_id, or train a new one with tokenizer.path=null"
             raise ConfigError("the tokenizer has no end-of-text symbol", where=where, fix=fix)
@@ -192,6 +187,22 @@ class SentencePieceTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MODEL_FILE).write_bytes(self._model)
         write_hf_files(self._proto, folder)
+
+
+def _opened(model: bytes, where: str) -> tuple[SentencePieceProcessor, ModelProto]:
+    from sentencepiece import SentencePieceProcessor
+
+    damaged = DataError("this is no SentencePiece model", where=where, fix="copy the file again")
+    if not model:  # which the library takes for "load it later"
+        raise damaged
+    try:
+        processor = SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise damaged from error
+    proto = ModelProto.parse(model)
+    if not proto.complete:
+        raise damaged
+    return processor, proto
 
 
 def _id_or_none(index: int) -> int | None:

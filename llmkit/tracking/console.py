@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from rich.console import Group
 from rich.live import Live
@@ -72,9 +71,8 @@ class _View:
     def open(self) -> None:
         # No refresh thread: the view changes when a row comes, and a terminal that hung up cannot fail behind our back.
         self._live = Live(self.render(), console=terminal(), auto_refresh=False, redirect_stdout=False)
-        with self._guard():
-            self._live.start()
-            _set_live(True)
+        self._draw(self._live.start)
+        _set_live(self._live is not None)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         self.step = step
@@ -85,14 +83,13 @@ class _View:
             self.training = dict(metrics)
         self._update_eta(step, metrics.get("perf/elapsed_seconds"))
         if self._live is not None:
-            with self._guard():
-                self._live.update(self.render(), refresh=True)
+            self._draw(partial(self._live.update, self.render(), refresh=True))
 
     def close(self) -> None:
         if self._live is not None:
             live, self._live = self._live, None
             _set_live(False)
-            with contextlib.suppress(OSError, ValueError):
+            with terminal().forgiving():
                 live.stop()
 
     def render(self) -> Group:
@@ -117,12 +114,13 @@ class _View:
         first_step, first_elapsed = self._first
         self.eta = eta_seconds(step - first_step, elapsed - first_elapsed, self.max_steps - step)
 
-    @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
+    def _draw(self, draw: Callable[[], None]) -> None:
         """A view that cannot be drawn any more is given up; the log lines go on."""
-        try:
-            yield
-        except (OSError, ValueError):
+        done = False
+        with terminal().forgiving():
+            draw()
+            done = True
+        if not done:
             self.close()
 
 

@@ -76,7 +76,7 @@ class TerminalHandler(logging.Handler):
         if self.live and record.name == PROGRESS:
             return
         text = Text(self.format(record), style=_STYLES.get(record.levelno, ""))
-        with contextlib.suppress(OSError, ValueError):  # a terminal that went away, a closed stream
+        with terminal().forgiving():
             terminal().print(text, soft_wrap=True)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 from rich.console import Console
@@ -16,6 +18,16 @@ class Terminal(Console):
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
+    @contextmanager
+    def forgiving(self) -> Iterator[None]:
+        """What cannot be written (a terminal that hung up, a full disk, a closed stream) is dropped, not kept."""
+        try:
+            yield
+        except (OSError, ValueError):
+            quiet, self.quiet = self.quiet, True
+            self.print()  # a quiet console empties its buffer
+            self.quiet = quiet
+
 
 @cache
 def terminal() -> Terminal:
@@ -25,7 +37,7 @@ def terminal() -> Terminal:
 
 def can_redraw() -> bool:
     """True for a person's terminal: not for a file, a pipe, a CI job or a terminal that only appends."""
-    if any(os.environ.get(name) for name in ("NO_COLOR", "CI")) or os.environ.get("TERM", "dumb") == "dumb":
+    if any(os.environ.get(name) for name in ("NO_COLOR", "CI")) or os.environ.get("TERM", "") in ("", "dumb"):
         return False
     try:
         return sys.stderr is not None and sys.stderr.isatty()

@@ -1,6 +1,6 @@
 """The process that copies ``metrics.jsonl`` of a run to W&B: ``python -m llmkit.tracking.wandb_mirror RUN_FOLDER``.
 
-Nothing here can disturb the training: own session, lowest priority, every wait bounded. It ends when stdin says how the
+Nothing here can disturb the training: own session, low priority, every wait bounded. It ends when stdin says how the
 run ended, or when stdin or the trainer is gone.
 
 Rows keep their number: the n-th row ever sent is W&B's ``_step`` n. A resumed run repeats the rows after its
@@ -236,8 +236,8 @@ def _forward_stop(trainer: int) -> None:
 
 
 def _settle(trainer: int) -> None:
-    """Lowest priority, deaf to signals meant for the trainer, and a wandb service of our own."""
-    os.nice(19)
+    """Low priority, deaf to signals meant for the trainer, and a wandb service of our own."""
+    os.nice(10)
     for name in ("SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGINT, lambda *_: _forward_stop(trainer))

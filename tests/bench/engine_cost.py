@@ -124,8 +124,7 @@ def main() -> None:
         compare(args, Path(folder))
 
 
-def compare(args: argparse.Namespace, root: Path) -> None:
-    ...
+def compare(args: argparse.Namespace, root: Path) -> None: ...
 
 
 if __name__ == "__main__":

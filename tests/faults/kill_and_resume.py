@@ -12,6 +12,7 @@ weights and optimizer state are those of the unbroken run. Ends with 0 when noth
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import mmap
 import os
@@ -30,21 +31,26 @@ PHASES = ("start", "prepare", "build", "step", "eval", "save", "remove", "end")
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CODE_BEFORE_FIRST_STEP = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
 PATIENCE_S = 120.0
+SEQ_LEN, SEQUENCES_A_STEP = 32, 8
 RECIPE = (
     *("model.d_model=32", "model.n_layers=2", "model.n_heads=2", "model.dropout=0.1", "model.max_seq_len=64"),
-    *("data.seq_len=32", "data.val_fraction=0.1", "data.n_workers=1", "tokenizer.vocab_size=320"),
+    *(f"data.seq_len={SEQ_LEN}", "data.val_fraction=0.1", "data.n_workers=1", "tokenizer.vocab_size=320"),
     *("engine.micro_batch_size=4", "engine.grad_accum_steps=2", "engine.n_threads=1", "engine.device=cpu"),
     *("engine.max_steps=60", "engine.eval_every=7", "engine.save_every=5", "engine.log_every=1"),
     *("schedule.warmup_steps=5", "optim.lr=3e-3", "tracking=none", "callbacks=none"),
+)
+LOADED_BEFORE = (
+    *("accelerate", "hydra", "sentencepiece", "torch._dynamo"),
+    *("llmkit.config.check", "llmkit.config.compose", "llmkit.commands.training"),
 )
 WALL_CLOCK = ("perf/", "time/")
 
 
 def write_corpus(path: Path) -> None:
-    """300 documents, no two alike: equal losses cannot hide a repeated batch."""
+    """90 documents, no two alike: equal losses cannot hide a repeated batch. The run ends in the second epoch."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(200)]
-    texts = (" ".join(rng.choices(words, k=rng.randint(5, 60))) for _ in range(300))
+    texts = (" ".join(rng.choices(words, k=rng.randint(5, 60))) for _ in range(90))
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
@@ -124,6 +130,8 @@ class Experiment:
     by_phase: Counter[str] = field(default_factory=Counter)
     by_code: Counter[str] = field(default_factory=Counter)
     starts_in_a_run: list[int] = field(default_factory=list)
+    resumes_in_an_epoch: int = 0
+    steps_in_an_epoch: float = 0.0
     wrong: list[str] = field(default_factory=list)
     duration: float = 0.0
 
@@ -146,6 +154,8 @@ class Experiment:
             code = 1
             try:
                 code = run_llmkit(shared, log, argv)
+            except KeyboardInterrupt:  # before llmkit's own first line
+                code = CODE_BEFORE_FIRST_STEP[signal.SIGINT]
             finally:
                 os._exit(code)
         return Attempt(pid, shared)
@@ -155,16 +165,17 @@ class Experiment:
 
         Half of the moments are uniform in time. The others wait for a phase, so that short ones are met as well.
         """
-        moment = time.monotonic() + self.rng.uniform(0, 0.5) * self.duration
         wanted = self.rng.choice(PHASES[:-1]) if self.rng.random() < 0.5 else ""
+        is_early = wanted in PHASES[: PHASES.index("step")]
+        moment = time.monotonic() + (0 if is_early else self.rng.uniform(0, 0.5) * self.duration)
         while time.monotonic() < moment or (wanted and attempt.phase != wanted):
             code = attempt.code(wait=False)
             if code is not None:
                 return attempt.phase, code
-            if time.monotonic() > moment + self.duration:
-                wanted = ""  # it is past that phase
+            if is_early and attempt.phase not in PHASES[: PHASES.index(wanted) + 1]:
+                break  # it was too short to be seen
             time.sleep(0.0005)
-        time.sleep(self.rng.choice([0.0, 0.001, 0.004, 0.02]) * self.rng.random())
+        time.sleep(self.rng.choice([0.0, 0.001, 0.004, 0.02, 0.2]) * self.rng.random())
         phase = attempt.phase
         os.kill(attempt.pid, number)
         return phase, None
@@ -182,6 +193,9 @@ class Experiment:
         wanted = self.result("unbroken")
         if self.result("again") != wanted:
             raise SystemExit("two unbroken runs differ: nothing can be compared on this machine")
+        (report,) = (self.folder / "cache" / "unbroken").glob("*/report.json")
+        n_sequences = json.loads(report.read_text())["train"]["n_tokens"] / SEQ_LEN
+        self.steps_in_an_epoch = n_sequences / SEQUENCES_A_STEP
         return wanted
 
     def result(self, name: str) -> dict[str, Any]:
@@ -205,10 +219,12 @@ class Experiment:
 
     def broken(self, name: str, wanted: dict[str, Any]) -> None:
         """Strike and start again until the run is through; then compare."""
-        starts, committed = 0, 0
+        committed, starts = 0, 0
+        epochs: Counter[int] = Counter()
         while True:
             attempt = self.start(name)
             starts += 1
+            epochs[int(committed / self.steps_in_an_epoch)] += committed > 0
             number = signal.SIGKILL
             if self.use_stop_signals:
                 number = STOPS[self.by_phase.total() % len(STOPS)]
@@ -228,6 +244,7 @@ class Experiment:
             if self.wrong:
                 return
         self.starts_in_a_run.append(starts)
+        self.resumes_in_an_epoch = max(self.resumes_in_an_epoch, *epochs.values())
         got = self.result(name)
         self.wrong += [f"{name}: {key} differs from the unbroken run" for key in wanted if got[key] != wanted[key]]
 
@@ -265,9 +282,9 @@ class Experiment:
         )
         print("  by phase:", ", ".join(f"{phase} {self.by_phase[phase]}" for phase in PHASES))
         print("  exit codes:", ", ".join(f"{text} ({n}x)" for text, n in sorted(self.by_code.items())))
-        print(
-            f"  starts until a run was through: {min(self.starts_in_a_run or [0])} to {max(self.starts_in_a_run or [0])}"
-        )
+        starts = self.starts_in_a_run or [0]
+        print(f"  starts until a run was through: {min(starts)} to {max(starts)}")
+        print(f"  resumes inside one epoch ({self.steps_in_an_epoch:.1f} steps): up to {self.resumes_in_an_epoch}")
         print(f"  rows compared in each run: {len(wanted['curve'])}, of {wanted['step']} steps")
         print(f"  wrong: {len(self.wrong)}", *self.wrong, sep="\n    ")
         return 1 if self.wrong else 0
@@ -289,12 +306,8 @@ def main() -> int:
         folder = args.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if not args.fresh:
-            import accelerate  # noqa: F401
-            import safetensors.torch  # noqa: F401
-            import sentencepiece  # noqa: F401
-
-            import llmkit.commands.pretrain
-            import llmkit.commands.training  # noqa: F401
+            for name in LOADED_BEFORE:
+                importlib.import_module(name)
         rng = random.Random(args.seed)
         return Experiment(folder, args.kills, rng, args.signals, args.fresh, overrides).run()
 

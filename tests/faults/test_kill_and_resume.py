@@ -20,7 +20,7 @@ def _run(*arguments: str) -> str:
 
 
 def test_a_few_kills() -> None:
-    assert _run("--kills", "5").startswith("5 signals")
+    assert _run("--kills", "5", "engine.max_steps=30").startswith("5 signals")
 
 
 @pytest.mark.slow

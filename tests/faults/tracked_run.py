@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from llmkit.interfaces import RunInfo
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--mode", default="auto")
     parser.add_argument("--kill", action="store_true", help="SIGKILL itself instead of finishing")
     parser.add_argument("--wait-rows", type=int, default=0, help="wait until the mirror has sent so many rows")
+    parser.add_argument("--wait-for", default="", help="go on when this file of the run folder exists")
     parser.add_argument("--finish-timeout", type=float, default=8.0)
     parser.add_argument("--init-timeout", type=float, default=20.0)
     parser.add_argument("--config", default="{}")
@@ -70,7 +72,8 @@ def main() -> None:
             metrics.append({"step": step, **row})
             trackers.log(step, row)
         times["log"] = max(times.get("log", 0.0), time.monotonic() - started)
-    wait_for_rows(given.folder / "wandb" / "sent.json", given.wait_rows)
+    wait_until(lambda: count_of(given.folder / "wandb" / "sent.json") >= given.wait_rows)
+    wait_until((given.folder / given.wait_for).exists)
     if given.kill:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
@@ -80,12 +83,14 @@ def main() -> None:
     print(json.dumps(times))
 
 
-def wait_for_rows(path: Path, n_rows: int) -> None:
-    """Until the mirror's record of what it sent counts ``n_rows``, or a minute has passed."""
-    deadline = time.monotonic() + 60
-    while n_rows and time.monotonic() < deadline:
-        if path.exists() and json.loads(path.read_text())["count"] >= n_rows:
-            return
+def count_of(path: Path) -> int:
+    """Rows that the mirror says it has sent."""
+    return int(json.loads(path.read_text())["count"]) if path.exists() else 0
+
+
+def wait_until(happened: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not happened() and time.monotonic() < deadline:
         time.sleep(0.02)
 
 

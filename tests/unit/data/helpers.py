@@ -89,7 +89,8 @@ def config(path: str | Path | list[str], cache: Path, **changes: Any) -> DataCon
 
 def run(data: DataConfig, spec: ByteSpec | None = None, **changes: Any) -> PreparedData:
     options: dict[str, Any] = {"tokenizer": None, "load": load, "report": figures, "progress": False}
-    return prepare(data, spec or ByteSpec(), **options | changes)
+    options |= changes
+    return prepare(data, None if options["tokenizer"] else spec or ByteSpec(), **options)
 
 
 def write_jsonl(path: Path, texts: Iterable[object]) -> Path:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio.base_events
 import inspect
 import json
+import pydoc_data.topics
 import subprocess
 import sys
 from functools import cache
-
-import pydoc_data.topics
 
 from llmkit.data.readers.base import Document, chunks_of, fingerprint, read_chunk
 from llmkit.data.readers.stdlib import folder, sources
@@ -37,7 +36,9 @@ def test_python_docs_begins_with_every_help_topic() -> None:
 def test_python_docs_holds_the_docstrings_of_a_module_in_order() -> None:
     def docs(owner: object) -> list[str]:
         functions = [value for value in vars(owner).values() if inspect.isfunction(value) and value.__doc__]
-        return [inspect.getdoc(function) or "" for function in sorted(functions, key=lambda f: f.__code__.co_firstlineno)]
+        return [
+            inspect.getdoc(function) or "" for function in sorted(functions, key=lambda f: f.__code__.co_firstlineno)
+        ]
 
     texts, last = _documents("python_docs"), -1
     for doc in (json.__doc__ or "", *docs(json)):
@@ -54,14 +55,16 @@ def test_python_source_is_the_library_without_its_tests() -> None:
     assert sum(len(text) for text in texts) > 5_000_000
     parts = {part for name in sources() for part in name.split("/")}
     assert not parts & {"test", "tests", "site-packages", "__pycache__", "idle_test"}
-    assert not any("_sysconfigdata" in name or "/test_" in name for name in sources())  # the former holds this machine's paths
+    assert not any(
+        "_sysconfigdata" in name or "/test_" in name for name in sources()
+    )  # the former holds this machine's paths
 
 
-def test_chunks_and_order_do_not_matter() -> None:
-    chunks = chunks_of(["builtin:python_docs"], 1 << 18)
+def test_chunks_do_not_matter() -> None:
+    chunks = chunks_of(["builtin:python_source"], 1 << 18)
     assert len(chunks) > 10
     parts = [row.text for chunk in chunks for row in read_chunk(chunk, SETTINGS) if isinstance(row, Document)]
-    assert parts == _documents("python_docs")
+    assert parts == _documents("python_source")
     assert list(sources()) == sorted(sources())
 
 

@@ -82,10 +82,8 @@ def test_header_alone_is_nothing(tmp_path: Path) -> None:
 
 
 def _parquet(path: Path, table: dict[str, Any], **options: Any) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table(table), str(path), **options)
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table(table), str(path), **options)
     return path
 
 

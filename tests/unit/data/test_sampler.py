@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -40,25 +41,25 @@ def test_the_order_looks_random() -> None:
     """Rank correlation of neighbours, and of position with row, within 4 standard deviations of none."""
     n = 20_000
     rows = [SampleOrder((n,), None, 7).sample_id(p) / n - 0.5 for p in range(n)]
-    lagged = sum(a * b for a, b in zip(rows, rows[1:], strict=False)) / n * 12
+    lagged = sum(a * b for a, b in pairwise(rows)) / n * 12
     trend = sum(a * (p / n - 0.5) for p, a in enumerate(rows)) / n * 12
     assert abs(lagged) < 4 / n**0.5
     assert abs(trend) < 4 / n**0.5
 
 
 @quick
-@given(st.lists(st.floats(0.001, 10), min_size=1, max_size=5), SEEDS, st.integers(0, 40))
-def test_a_mixture_holds_its_weights_and_each_source_goes_round(weights: list[float], seed: int, block: int) -> None:
+@given(st.lists(st.floats(0.001, 10), min_size=1, max_size=5), SEEDS, st.integers(1, 3))
+def test_a_mixture_holds_its_weights_and_each_source_goes_round(weights: list[float], seed: int, n_blocks: int) -> None:
     sizes = tuple(3 + 5 * n for n in range(len(weights)))
     order = SampleOrder(sizes, tuple(weights), seed)
-    places = [order.locate(p) for p in range((block + 1) * BLOCK)] if block < 3 else []
+    places = [order.locate(p) for p in range(n_blocks * BLOCK)]
     for source, size in enumerate(sizes):
         rows = [row for where, row in places if where == source]
         share = weights[source] / sum(weights)
         assert abs(len(rows) - share * len(places)) <= len(weights)
         epochs = Counter(rows)
-        # draws of a block are permuted, so only whole blocks have gone round evenly: counts differ by one at most
-        assert not rows or max(epochs.values()) - min(epochs.get(row, 0) for row in range(size)) <= 1
+        # the draws of a block are permuted, so after whole blocks no row is more than one draw ahead
+        assert max(epochs.values(), default=0) - min(epochs[row] for row in range(size)) <= 1
 
 
 @quick
@@ -67,7 +68,9 @@ def test_draws_never_step_back_and_always_add_up(parts: list[int], position: int
     before, after = draws_before(position, tuple(parts)), draws_before(position + 1, tuple(parts))
     assert sum(before) == position
     assert all(0 <= b - a <= 1 for a, b in zip(before, after, strict=True))
-    assert all(abs(n - part / sum(parts) * position) <= len(parts) + 1e-3 for n, part in zip(before, parts, strict=True))
+    assert all(
+        abs(n - part / sum(parts) * position) <= len(parts) + 1e-3 for n, part in zip(before, parts, strict=True)
+    )
 
 
 def test_a_tiny_weight_is_still_drawn() -> None:
@@ -80,7 +83,7 @@ def test_memory_does_not_depend_on_the_corpus() -> None:
     def peak(n: int, weights: tuple[float, ...] | None) -> int:
         tracemalloc.start()
         order = SampleOrder((n, n), weights, 1)
-        for position in range(2000):
+        for position in range(500):
             order.locate(position)
         order.locate(10**13)
         size = tracemalloc.get_traced_memory()[1]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 
@@ -54,3 +55,8 @@ def test_before_the_first_step_a_signal_ends_the_start(number: int, code: int) -
         assert caught.value.exit_code == code
         os.kill(os.getpid(), number)  # the outer handler is back
         assert stop.requested
+
+
+def test_a_signal_that_the_start_took_for_a_failure_is_not_lost() -> None:
+    with pytest.raises(Stopped, match="SIGTERM"), leave_on_signal(), contextlib.suppress(Stopped):
+        os.kill(os.getpid(), signal.SIGTERM)

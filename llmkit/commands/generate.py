@@ -1,0 +1,71 @@
+"""``llmkit generate``: continue prompts with a trained model."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import torch
+
+from llmkit.config.schema import GenerateConfig
+from llmkit.data.loader import check_vocabulary
+from llmkit.engine.device import AUTOCAST_DTYPE, pick_device, set_threads
+from llmkit.engine.init import resolve_init
+from llmkit.errors import ConfigError, DataError
+from llmkit.generation import generate, stream
+from llmkit.models.hf import load_model
+from llmkit.tokenizers.load import load_tokenizer
+from llmkit.tracking.logs import visible
+
+SEPARATOR = "---"  # between the texts of several prompts
+
+
+def run(cfg: GenerateConfig, args: argparse.Namespace) -> int:
+    """Print prompt and continuation of each prompt; one prompt on a terminal is shown as it is written."""
+    prompts = read_prompts(args)
+    folder = resolve_init(cfg.init)
+    device = pick_device(cfg.engine.device)
+    set_threads(cfg.engine.n_threads)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, device=device, dtype=AUTOCAST_DTYPE.get(cfg.engine.precision, torch.float32))
+    check_vocabulary(tokenizer.vocab_size, model.config.vocab_rows)
+    if len(prompts) == 1 and sys.stdout.isatty():
+        _show(prompts[0], stream(model, tokenizer, prompts[0], cfg.generation, device=device))
+        return 0
+    size = cfg.engine.micro_batch_size
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
+        texts = generate(model, tokenizer, batch, cfg.generation, device=device)
+        for i, (prompt, text) in enumerate(zip(batch, texts, strict=True), start):
+            print(f"{SEPARATOR}\n{prompt}{text}" if i else f"{prompt}{text}", flush=True)
+    return 0
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """``--prompt`` (each one prompt), ``--prompt-file`` (one a line, - is standard input), else all standard input."""
+    prompts = list(args.prompt or [])
+    if args.prompt_file:
+        prompts += _lines(args.prompt_file)
+    elif not prompts and not sys.stdin.isatty():
+        prompts = [text] if (text := sys.stdin.read().rstrip("\n")) else []
+    if not prompts:
+        raise ConfigError("there is no prompt", where="--prompt", fix="llmkit generate init=... --prompt 'Once upon'")
+    return prompts
+
+
+def _lines(name: str) -> list[str]:
+    try:
+        text = sys.stdin.read() if name == "-" else Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the prompts cannot be read: {error}", where=name) from error
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def _show(prompt: str, pieces: Iterator[str]) -> None:
+    """On a terminal; control characters are spelt out, since a model may produce any."""
+    for piece in chain([prompt], pieces):
+        print(visible(piece), end="", flush=True)
+    print()

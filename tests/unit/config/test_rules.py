@@ -1,0 +1,73 @@
+"""Values that are right alone and wrong together."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmkit.config.rules import RULES
+from tests.unit.config.helpers import checked, problems
+
+BROKEN = {
+    "run_name": (["run.name=a/b"], "run.name"),
+    "run_root": (["run.root="], "run.root"),
+    "device": (["engine.device=gpu"], "engine.device"),
+    "half_precision": (["engine.device=cpu", "engine.precision=fp16"], "engine.precision"),
+    "stop_rule": (["engine.max_steps=null"], "engine.max_steps"),
+    "zero_limits": (["engine.max_epochs=0"], "engine.max_epochs"),
+    "warmup": (["schedule.warmup_steps=201"], "schedule.warmup_steps"),
+    "context": (["model.max_seq_len=128"], "data.seq_len"),
+    "vocabulary": (["model.vocab_size=4000"], "model.vocab_size"),
+    "weights": (["data.path=[a,b]", "data.weights=[1]"], "data.weights"),
+    "paths": (["data.path=[]"], "data.path"),
+    "init_decides": (["init=runs/x", "model.d_model=512"], "model.d_model"),
+}
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {rule.__name__ for rule in RULES} == set(BROKEN)
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_broken(rule: str) -> None:
+    overrides, path = BROKEN[rule]
+    assert list(problems(*overrides)) == [path]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["run.name=" + "a" * 128],
+        ["engine.device=cuda:3", "engine.precision=fp16"],
+        ["engine.max_steps=null", "engine.max_epochs=0.5"],
+        ["schedule.warmup_steps=200"],
+        ["engine.max_grad_norm=null"],
+        ["model.max_seq_len=256"],
+        ["model.vocab_size=4096"],
+        ["data.path=[a,b]", "data.weights=[1,2]"],
+        ["init=runs/x", "optim.lr=1"],
+        ["init=runs/x", "recipe=gpt_small"],
+        ["init=runs/x", "model.max_seq_len=4096", "~tracking.wandb"],
+    ],
+)
+def test_allowed_unless_it_has_no_effect(overrides: list[str]) -> None:
+    found = problems(*overrides)
+    assert set(found) <= {"model.max_seq_len"}
+    assert bool(found) == ("model.max_seq_len=4096" in overrides)
+
+
+@pytest.mark.parametrize("name", [".", "..", "...", "a/b", "/a", "a\\b", "", "a" * 129, "ü", "a b"])
+def test_run_names_that_are_no_folder_name(name: str) -> None:
+    assert list(problems(f"run.name={name}")) == ["run.name"]
+
+
+def test_warmup_is_compared_with_the_tokens_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 sequences of 256 tokens a step and process: 409,600 tokens are 100 steps, on two processes 50."""
+    line = ["engine.max_steps=null", "engine.max_tokens=409600"]
+    assert checked(*line, "schedule.warmup_steps=100")
+    assert "after 100" in problems(*line, "schedule.warmup_steps=101")["schedule.warmup_steps"].what
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "after 50" in problems(*line, "schedule.warmup_steps=100")["schedule.warmup_steps"].what
+
+
+def test_a_rule_whose_value_is_already_wrong_is_silent() -> None:
+    assert list(problems("engine.max_steps=none", "schedule.warmup_steps=10000")) == ["engine.max_steps"]

@@ -1,0 +1,68 @@
+"""Small decoders for tests: two starting points, and weights in which nothing is zero or one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmkit.models.config import DecoderConfig
+from llmkit.models.decoder import Decoder
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 61,
+    "max_seq_len": 32,
+    "d_model": 24,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": None,
+    "d_head": None,
+    "d_ff": None,
+    "norm": "rmsnorm",
+    "norm_bias": False,
+    "norm_eps": 1e-5,
+    "activation": "swiglu",
+    "position": "rotary",
+    "rope_theta": 10000.0,
+    "qk_norm": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "dropout": 0.0,
+    "tie_embeddings": True,
+    "init_std": 0.02,
+    "residual_init_scale": False,
+}
+GPT2: dict[str, Any] = {
+    **LLAMA,
+    "norm": "layernorm",
+    "norm_bias": True,
+    "activation": "gelu_tanh",
+    "position": "learned",
+    "rope_theta": None,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "residual_init_scale": True,
+}
+
+
+def llama(**changes: Any) -> DecoderConfig:
+    return DecoderConfig(**{**LLAMA, **changes})
+
+
+def gpt2(**changes: Any) -> DecoderConfig:
+    return DecoderConfig(**{**GPT2, **changes})
+
+
+def built(config: DecoderConfig, seed: int = 0, std: float = 0.2) -> Decoder:
+    """Every parameter random: with fresh weights, biases of 0 and norms of 1 would hide a swap."""
+    model, generator = config.build(), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            centre = 1.0 if parameter.dim() == 1 and name.endswith("weight") else 0.0
+            parameter.copy_(centre + std * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def random_ids(config: DecoderConfig, rows: int, columns: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, config.vocab_rows, (rows, columns), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,77 @@
+"""Strings on which tokenizers go wrong, and small tokenizers to try them on."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from llmkit.data.readers.base import Document, chunks_of, read_chunk
+from llmkit.tokenizers.sentencepiece import SentencePieceSpec, SentencePieceTokenizer
+from tests.unit.data.readers_support import SETTINGS
+
+ODD = [
+    *("", "a", "\n", " ", "  ", "\t", "\n\n\n", "a  b", "  a", " a ", "\r\n", "\x00", "\x01\x1b[0m", "\x7f"),
+    *("</s>", "<s>", "<unk>", "<pad>", "<|user|>", "<|endoftext|>", "a</s>b", "<0x0A>", "<0xFF><0x00>", "</ s>"),
+    *("é", "e\u0301", "漢字かな交じり文", "😀", "👩‍👩‍👧", "🇩🇪", "\u00a0", "\u3000", "\u2028", "ﬁ", "①", "٣", "١٢٣"),
+    *("\ufeff", "\u200b", "İ", "ß", "Ǆ", "𝔘𝔫𝔦", "\u2585", "\ufffd", "\U0010ffff", "עברית", "हिन्दी", "ไทย", "한국어"),
+    *(
+        "12345",
+        "3.14159",
+        "1e-05",
+        "x" * 50,
+        "ab" * 30,
+        " " * 37,
+        "\n" * 11,
+        "=" * 81,
+        "-" * 80,
+        "\t" * 9,
+        "....",
+        "?!?!",
+    ),
+    *(
+        "aaaaabbbbb",
+        "nnnn",
+        "$$$",
+        "    def f(x):\n        return x\n",
+        "| a | b |\n|---|---|\n",
+        "http://a.b/c?d=e&f=g#h",
+    ),
+]
+_LETTERS = "abcdefe \n\t.,:;()=_0123456789éß漢😀<s>/AB'\"-"
+
+
+@cache
+def documents() -> tuple[str, ...]:
+    """Python's help topics."""
+    (topics, *_) = chunks_of(["builtin:python_docs"], 1 << 20)
+    return tuple(row.text for row in read_chunk(topics, SETTINGS) if isinstance(row, Document))
+
+
+@cache
+def strings() -> tuple[str, ...]:
+    """More than 500: the odd ones, runs of one character beside another, random ones, and pieces of real text."""
+    choose = random.Random(0)
+    runs = [a * choose.randint(1, 30) + b * choose.randint(1, 20) for a in " \n=-ea." for b in " \n=-ta."]
+    mixed = ["".join(choose.choices(_LETTERS, k=choose.randint(1, 60))) for _ in range(300)]
+    real = [text[start : start + 400] for text in documents() for start in (0, 700, 3001)]
+    return tuple([*ODD, *runs, *mixed, *filter(None, real)])
+
+
+def spec(kind: Literal["bpe", "unigram"], vocab_size: int = 1024, **changes: Any) -> SentencePieceSpec:
+    settings: dict[str, Any] = {
+        "path": None,
+        "character_coverage": 0.9999,
+        "split_digits": True,
+        "extra_symbols": ["<|user|>"],
+        "max_train_bytes": 1 << 20,
+    }
+    return SentencePieceSpec(kind=kind, vocab_size=vocab_size, **{**settings, **changes})
+
+
+@cache
+def trained(kind: Literal["bpe", "unigram"]) -> SentencePieceTokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        return spec(kind).train(documents(), Path(folder))

@@ -17,7 +17,7 @@ import numpy as np
 
 from llmkit.data import sources as settings_of_sources
 from llmkit.data.cache import write_json, write_manifest
-from llmkit.data.leaks import ValidationWindows, WindowIndex
+from llmkit.data.leaks import ValidationWindows
 from llmkit.data.passes import (
     ChunkTokens,
     EncodeTask,
@@ -218,8 +218,9 @@ class Build:
         """The shards of every chunk."""
         meter.start("tokenising", len(self.pieces))
         vocabulary = Vocabulary(tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
-        WindowIndex.save(self.windows, self.work / "windows.npy")
-        self.seen = np.zeros(self.windows.table().size, bool)
+        table = self.windows.table()
+        np.save(self.work / "windows.npy", table)
+        self.seen = np.zeros(table.size, bool)
         tokens: list[ChunkTokens] = []
         for result in workers.map(encode_chunk, self._encode_tasks(vocabulary)):
             tokens.append(result)

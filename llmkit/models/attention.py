@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from llmkit.models.cache import LayerCache, dense_mask
 from llmkit.models.config import DecoderConfig
-from llmkit.models.layers import RMSNorm, Rotation, rotate
+from llmkit.models.layers import Linear, RMSNorm, Rotation, rotate
 
 # None: causal, one document a row. Tensor: B1TS, true where seen. BlockMask: the same for flex_attention.
 AttentionMask = Tensor | BlockMask | None
@@ -82,10 +82,10 @@ class Attention(nn.Module):
         super().__init__()
         D, K, bias = config.d_model, config.head_width, config.attention_bias
         self.width, self.dropout = K, config.dropout
-        self.q = nn.Linear(D, config.n_heads * K, bias=bias)
-        self.k = nn.Linear(D, config.kv_heads * K, bias=bias)
-        self.v = nn.Linear(D, config.kv_heads * K, bias=bias)
-        self.o = nn.Linear(config.n_heads * K, D, bias=bias)
+        self.q = Linear(D, config.n_heads * K, bias=bias)
+        self.k = Linear(D, config.kv_heads * K, bias=bias)
+        self.v = Linear(D, config.kv_heads * K, bias=bias)
+        self.o = Linear(config.n_heads * K, D, bias=bias)
         self.q_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
 

@@ -13,7 +13,7 @@ from llmkit.interfaces import Batch
 from llmkit.models.attention import Attention, AttentionMask, attention_mask, use_flex
 from llmkit.models.cache import KVCache, LayerCache
 from llmkit.models.config import DecoderConfig
-from llmkit.models.layers import FeedForward, Rotation, build_norm, rotation
+from llmkit.models.layers import Embedding, FeedForward, Linear, Rotation, build_norm, rotation
 
 
 class Block(nn.Module):
@@ -45,16 +45,13 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        device = torch.get_default_device()
         learned, rows = config.position == "learned", config.vocab_rows
-        with torch.device("meta"):  # torch's own initialisation would be thrown away, and would draw random numbers
-            self.embedding = nn.Embedding(rows, config.d_model)
-            self.position_embedding = nn.Embedding(config.max_seq_len, config.d_model) if learned else None
-            self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-            self.norm = build_norm(config)
-            self.head = None if config.tie_embeddings else nn.Linear(config.d_model, rows, bias=False)
+        self.embedding = Embedding(rows, config.d_model)
+        self.position_embedding = Embedding(config.max_seq_len, config.d_model) if learned else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = build_norm(config)
+        self.head = None if config.tie_embeddings else Linear(config.d_model, rows, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        self.to_empty(device=device)
 
     @property
     def max_seq_len(self) -> int:

@@ -15,6 +15,20 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+class Linear(nn.Linear):
+    """Uninitialised: ``Decoder.init_weights`` or a checkpoint gives the values, and no random number is drawn here."""
+
+    def reset_parameters(self) -> None:
+        """Nothing, at every size."""
+
+
+class Embedding(nn.Embedding):
+    """Uninitialised, like ``Linear``."""
+
+    def reset_parameters(self) -> None:
+        """Nothing, at every size."""
+
+
 class LayerNorm(nn.Module):
     """Layer normalisation with fp32 statistics (Ba et al. 2016); the result has the compute type, cast once for all."""
 
@@ -78,9 +92,9 @@ class FeedForward(nn.Module):
         super().__init__()
         D, F_, bias = config.d_model, config.ff_width, config.mlp_bias
         self.activation = config.activation
-        self.gate = nn.Linear(D, F_, bias=bias) if config.gated else None
-        self.up = nn.Linear(D, F_, bias=bias)
-        self.down = nn.Linear(F_, D, bias=bias)
+        self.gate = Linear(D, F_, bias=bias) if config.gated else None
+        self.up = Linear(D, F_, bias=bias)
+        self.down = Linear(F_, D, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         hidden_BTF = self.up(x_BTD)

@@ -12,7 +12,6 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -65,6 +64,8 @@ class SentencePieceSpec:
         return None if self.path is None else SentencePieceTokenizer.load(Path(self.path).expanduser())
 
     def key(self) -> dict[str, Any]:
+        from importlib.metadata import version  # slow to import, and the config check imports this module
+
         if (tokenizer := self.open()) is not None:
             return {"sentencepiece": tokenizer.fingerprint}
         return {**asdict(self), "trainer": version("sentencepiece")}

@@ -26,6 +26,7 @@ _FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "perf/peak_memory_gib": ("mem", "{:.2f} GiB".format),
 }
 _RESULTS = ("val/", "task/")  # shown with their own names, and kept on the live view until the next ones
+_COUNTS = ("/n_targets",)  # of the results: for the record, not for a glance
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,8 @@ class _View:
 def shown(metrics: Mapping[str, float]) -> list[str]:
     """The values worth a glance, as text: ``loss 3.1416``. Results keep their name: ``val/bpb 1.5``."""
     known = [f"{label} {write(metrics[name])}" for name, (label, write) in _FORMATS.items() if name in metrics]
-    return known + [f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith(_RESULTS)]
+    results = [name for name in metrics if name.startswith(_RESULTS) and not name.endswith(_COUNTS)]
+    return known + [f"{name} {metrics[name]:.4f}" for name in results]
 
 
 def eta_seconds(n_steps: int, seconds: float, steps_left: int) -> float | None:

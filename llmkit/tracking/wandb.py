@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -154,7 +155,7 @@ def write_run_file(run: RunInfo, settings: dict[str, Any]) -> str:
 
 def sync_command(folder: Path) -> str:
     """The command that sends what was recorded offline."""
-    return f"wandb sync {folder / 'wandb'}/*run-*"
+    return f"wandb sync {shlex.quote(str(folder / 'wandb'))}/*run-*"
 
 
 def _repeat_to_log(lines: IO[bytes]) -> None:

@@ -231,6 +231,7 @@ class Experiment:
             phase, code = ("end", attempt.code(wait=True)) if self.enough else self.strike(attempt, number)
             struck = code is None
             code = attempt.code(wait=True) if code is None else code
+            struck = struck and (self.use_stop_signals or code != 0)  # a SIGKILL may come after the end
             if struck:
                 self.by_phase[phase] += 1
                 self.by_code[f"{number.name} in {phase}: {code}" if self.use_stop_signals else str(code)] += 1

@@ -55,8 +55,8 @@ DAMAGES = (_flip, _cut, _empty, _remove, _extend, _swap_for_a_link, _swap_for_a_
 
 
 @pytest.fixture
-def checkpoints(tmp_path: Path) -> Path:
-    store = make_store(tmp_path / "checkpoints")
+def checkpoints(memory_path: Path) -> Path:
+    store = make_store(memory_path / "checkpoints")
     save(store, 10)
     save(store, 20)
     return store.folder

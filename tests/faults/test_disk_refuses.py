@@ -23,10 +23,10 @@ def _refuse(number: int) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_every_operation_refused_once(tmp_path: Path, number: int) -> None:
+def test_every_operation_refused_once(memory_path: Path, number: int) -> None:
     n_refused = 0
     for k in range(1, 1000):
-        folder = tmp_path / str(k)
+        folder = memory_path / str(k)
         store = make_store(folder)
         save(store, 10)
         save(store, 20)
@@ -59,9 +59,9 @@ def test_every_operation_refused_once(tmp_path: Path, number: int) -> None:
     assert n_refused > 15
 
 
-def test_a_disk_that_stays_read_only(tmp_path: Path) -> None:
+def test_a_disk_that_stays_read_only(memory_path: Path) -> None:
     """Not even the temporary folder can be removed; the error is still the typed one, and the next start is clean."""
-    store = make_store(tmp_path)
+    store = make_store(memory_path)
     save(store, 10)
     for k in range(1, 20):
         with (
@@ -69,16 +69,16 @@ def test_a_disk_that_stays_read_only(tmp_path: Path) -> None:
             pytest.raises(CheckpointError, match="Read-only"),
         ):
             save(store, 20)
-        assert assert_whole(make_store(tmp_path).newest()) == 10
-    save(make_store(tmp_path), 20)
-    assert valid_steps(tmp_path) == [10, 20]
-    assert leftovers(tmp_path) == []
+        assert assert_whole(make_store(memory_path).newest()) == 10
+    save(make_store(memory_path), 20)
+    assert valid_steps(memory_path) == [10, 20]
+    assert leftovers(memory_path) == []
 
 
 @pytest.mark.parametrize("limit", [0, 10, 60, 100, 300, 700, 1200])
-def test_a_limit_on_the_size_of_files(tmp_path: Path, limit: int) -> None:
+def test_a_limit_on_the_size_of_files(memory_path: Path, limit: int) -> None:
     """The system itself cuts the write short, inside Python's writer and inside safetensors' one."""
-    store = make_store(tmp_path)
+    store = make_store(memory_path)
     save(store, 10)
 
     def work() -> None:
@@ -86,10 +86,10 @@ def test_a_limit_on_the_size_of_files(tmp_path: Path, limit: int) -> None:
         save(store, 20)
 
     code = in_child(work)
-    largest = max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    largest = max(path.stat().st_size for path in memory_path.rglob("*") if path.is_file())
     assert code == (4 if limit < largest else 0)
-    assert valid_steps(tmp_path) == ([10] if code else [10, 20])
-    assert leftovers(tmp_path) == []
+    assert valid_steps(memory_path) == ([10] if code else [10, 20])
+    assert leftovers(memory_path) == []
 
 
 FILL = """
@@ -111,36 +111,37 @@ for step in range(1, 1000):
 """
 
 
-def test_a_small_disk_runs_full(tmp_path: Path) -> None:
-    mount = f"mount -t tmpfs -o size=120k tmpfs {tmp_path} && exec {sys.executable} -c '{FILL}' {tmp_path}/checkpoints"
+def test_a_small_disk_runs_full(memory_path: Path) -> None:
+    fill = f"exec {sys.executable} -c '{FILL}' {memory_path}/checkpoints"
+    mount = f"mount -t tmpfs -o size=120k tmpfs {memory_path} && {fill}"
     probe = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
-    if shutil.which("unshare") is None or subprocess.run([*probe, f"mount -t tmpfs tmpfs {tmp_path}"]).returncode:
+    if shutil.which("unshare") is None or subprocess.run([*probe, f"mount -t tmpfs tmpfs {memory_path}"]).returncode:
         pytest.skip("no mount namespaces here: a small disk cannot be made")
     done = subprocess.run([*probe, mount], capture_output=True, text=True)
     assert done.returncode == 4, done.stderr
     assert "No space left on device" in done.stdout
 
 
-def test_too_little_space_at_the_start(tmp_path: Path) -> None:
-    store = make_store(tmp_path / "not" / "there" / "yet")
+def test_too_little_space_at_the_start(memory_path: Path) -> None:
+    store = make_store(memory_path / "not" / "there" / "yet")
     store.check_space(1)
     with pytest.raises(CheckpointError, match=r"need 1000000\.0 TB, but only .* are free") as caught:
         store.check_space(10**18)
     assert caught.value.exit_code == 4
 
 
-def test_an_error_of_the_model_writer_is_not_taken_for_the_disk(tmp_path: Path) -> None:
+def test_an_error_of_the_model_writer_is_not_taken_for_the_disk(memory_path: Path) -> None:
     def broken(folder: Path) -> None:
         (folder / "half").write_text("x")
         raise KeyError("weight")
 
     with pytest.raises(KeyError):
-        make_store(tmp_path).save(10, state={}, tensors={}, write_model=broken, best=False)
-    assert list(tmp_path.iterdir()) == []
+        make_store(memory_path).save(10, state={}, tensors={}, write_model=broken, best=False)
+    assert list(memory_path.iterdir()) == []
 
 
-def test_result_on_a_full_disk(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path, "mine")
+def test_result_on_a_full_disk(memory_path: Path) -> None:
+    folder = RunFolder(memory_path, "mine")
     files.make_folder(folder.path)
     folder.write_result("finished", 0, 5, {"val/loss": 1.0})
     before = (folder.path / "result.json").read_bytes()

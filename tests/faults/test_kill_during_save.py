@@ -37,12 +37,12 @@ def _dirty(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("prepare", [_first, _full, _damaged, _dirty])
-def test_kill_at_every_operation(tmp_path: Path, prepare: Callable[[Path], None]) -> None:
-    prepare(tmp_path / "start" / "checkpoints")
-    start = tmp_path / "start" / "checkpoints"
+def test_kill_at_every_operation(memory_path: Path, prepare: Callable[[Path], None]) -> None:
+    prepare(memory_path / "start" / "checkpoints")
+    start = memory_path / "start" / "checkpoints"
     before = valid_steps(start)
     for k in range(1, 1000):
-        folder = tmp_path / str(k) / "checkpoints"
+        folder = memory_path / str(k) / "checkpoints"
         if start.exists():
             shutil.copytree(start, folder)
 
@@ -54,7 +54,7 @@ def test_kill_at_every_operation(tmp_path: Path, prepare: Callable[[Path], None]
 
         code = in_child(work)
         _check(folder, before, done=code == 0)
-        shutil.rmtree(tmp_path / str(k), ignore_errors=True)
+        shutil.rmtree(memory_path / str(k), ignore_errors=True)
         if code == 0:
             assert k > 15, "a save has more operations than that: the fail points are not reached"
             return

@@ -135,14 +135,14 @@ def _record(place: Path) -> Record:
     return record
 
 
-def _worst(tmp_path: Path, n_random: int) -> tuple[int, list[str]]:
+def _worst(memory_path: Path, n_random: int) -> tuple[int, list[str]]:
     """How many disks were built, and what was wrong with those that give no checkpoint, or too old a one."""
-    record = _record(tmp_path / "real")
+    record = _record(memory_path / "real")
     wrong = []
     n_disks = 0
     for changes, content, committed, seed in _cuts(record, n_random):
         n_disks += 1
-        place = tmp_path / "cut"
+        place = memory_path / "cut"
         _build(place, changes, content, random.Random(seed))
         try:
             newest = make_store(place / "runs" / "mine" / "checkpoints").newest()
@@ -157,14 +157,14 @@ def _worst(tmp_path: Path, n_random: int) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize("n_random", [3, pytest.param(50, marks=pytest.mark.slow)])
-def test_every_cut_leaves_a_valid_checkpoint(tmp_path: Path, n_random: int) -> None:
-    n_disks, wrong = _worst(tmp_path, n_random)
+def test_every_cut_leaves_a_valid_checkpoint(memory_path: Path, n_random: int) -> None:
+    n_disks, wrong = _worst(memory_path, n_random)
     assert wrong == []
-    assert n_disks >= 100 * n_random
+    assert n_disks >= 90 * (2 + n_random)
 
 
 @pytest.mark.parametrize("forgotten", ["files", "folders"])
-def test_a_forgotten_sync_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str) -> None:
+def test_a_forgotten_sync_is_noticed(memory_path: Path, monkeypatch: pytest.MonkeyPatch, forgotten: str) -> None:
     """The simulation itself: without one kind of sync it finds disks that lost a committed checkpoint."""
     sync = files.sync
 
@@ -173,5 +173,5 @@ def test_a_forgotten_sync_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyP
             sync(path)
 
     monkeypatch.setattr(files, "sync", forgetful)
-    _, wrong = _worst(tmp_path, n_random=2)
+    _, wrong = _worst(memory_path, n_random=2)
     assert wrong

@@ -62,6 +62,13 @@ def test_a_trained_folder_starts_prompts_with_bos_and_knows_its_symbols(tmp_path
     assert (theirs.pad_token_id, theirs.unk_token_id) == (3, 0)
 
 
+def test_a_unigram_of_others(tmp_path: Path) -> None:
+    trained("unigram").save(tmp_path)
+    tokenizer = HFTokenizer.load(tmp_path)
+    tokenizer.save(tmp_path / "copy")
+    _agree(tokenizer, tmp_path / "copy", "llama")
+
+
 def test_stories260k_from_its_json(data_dir: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

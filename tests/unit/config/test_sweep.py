@@ -139,13 +139,16 @@ def test_a_stop_signal_is_passed_on_to_the_job(tmp_path: Path, monkeypatch: pyte
         "import signal, sys, pathlib, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
         f"pathlib.Path({str(ready)!r}).touch()\n"
-        "while True: time.sleep(0.01)"
+        "for _ in range(3000): time.sleep(0.01)"
     )
+
+    main_thread = threading.main_thread().ident
+    assert main_thread is not None
 
     def stop() -> None:
         while not ready.exists():
             threading.Event().wait(0.01)
-        signal.raise_signal(signal.SIGTERM)
+        signal.pthread_kill(main_thread, signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
     assert sweeping._run_child([sys.executable, "-c", child]) == 75

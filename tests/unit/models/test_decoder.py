@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -172,6 +174,20 @@ def test_fresh_weights_predict_every_token_alike() -> None:
     ids = random_ids(config, 4, 32)
     loss = F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
     assert float(loss.detach()) == pytest.approx(math.log(512), abs=0.05)
+
+
+def test_building_does_not_wake_the_compiler() -> None:
+    """Importing it takes longer than training the first steps of a small model."""
+    code = (
+        "import sys\n"
+        "from tests.unit.models.tiny import gpt2, llama, random_ids\n"
+        "for config in (gpt2(), llama()):\n"
+        "    model = config.build()\n"
+        "    model.init_weights(0)\n"
+        "    model(random_ids(config, 1, 4)).sum().backward()\n"
+        "assert 'torch._dynamo' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_nothing_but_parameters_is_stored() -> None:

@@ -166,8 +166,7 @@ def test_what_a_sentencepiece_tokenizer_saves_gives_the_same_ids(kind: Any, tmp_
 def test_names_of_symbols_are_spelt_out_though_the_training_text_lacks_their_characters(
     kind: Any, tmp_path: Path
 ) -> None:
-    tokenizer = spec(kind, 400).train(
-        [text.translate(dict.fromkeys(map(ord, "<>/|"))) for text in documents()], tmp_path
-    )
+    training = [text.translate(dict.fromkeys(map(ord, "<>/|"))) for text in documents()[:15]]
+    tokenizer = spec(kind, 400).train(training, tmp_path)
     texts = ["</s>", "a<s>b", "<|user|>", "<0x0A>", "<pad><unk>"]
     assert HFTokenizer.load(tmp_path).encode_batch(texts) == tokenizer.encode_batch(texts)

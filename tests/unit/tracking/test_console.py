@@ -173,7 +173,8 @@ def test_a_terminal_that_hangs_up_ends_the_view_and_not_the_run(
 
 
 def test_only_known_values_and_results_are_shown() -> None:
-    assert shown({"data/x": 1.0, "task/qa/f1": 0.5, "optim/lr": 1e-3}) == ["lr 1.00e-03", "task/qa/f1 0.5000"]
+    row = {"data/x": 1.0, "task/qa/f1": 0.5, "optim/lr": 1e-3, "val/n_targets": 17}
+    assert shown(row) == ["lr 1.00e-03", "task/qa/f1 0.5000"]
 
 
 def test_eta_is_the_mean_pace_times_what_is_left() -> None:

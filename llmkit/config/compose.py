@@ -17,7 +17,7 @@ from llmkit.config import choices
 from llmkit.config.choices import Choices, merge, recipes_dir
 from llmkit.config.interpolate import resolve
 from llmkit.config.overrides import COMMAND_LINE, Override, parse
-from llmkit.config.schema import CHECKED_AS
+from llmkit.config.schema import CHECKED_AS, ROOTS
 from llmkit.config.suggest import did_you_mean, nearest
 from llmkit.config.yaml_file import YamlFile
 from llmkit.errors import Problem
@@ -109,15 +109,17 @@ def compose(command: str, overrides: Sequence[str], config_dir: Path | None = No
 
 
 def _origins(layers: Sequence[tuple[str, YamlFile]]) -> dict[str, Origin]:
-    """Where each key was written last, with the first meaning given to it: groups explain, recipes only set."""
+    """Where each key was written last, and the last meaning given to it: groups and roots explain, recipes only set."""
     origins: dict[str, Origin] = {}
     for package, file in layers:
+        is_recipe = not package and file.path.stem not in ROOTS
         for key, line in file.lines.items():
             if key == "defaults" or key.startswith("defaults."):
                 continue
             path = f"{package}.{key}" if package else key
             earlier = origins[path].meaning if path in origins else ""
-            origins[path] = Origin(f"{_shown(file.path)}:{line}", earlier or file.comments[key])
+            meaning = earlier if is_recipe and earlier else file.comments[key] or earlier
+            origins[path] = Origin(f"{_shown(file.path)}:{line}", meaning)
     return origins
 
 

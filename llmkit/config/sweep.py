@@ -184,6 +184,7 @@ def _score(run: Path) -> float | None:
 
 def _hydra_main(task: Callable[[Any], float], command: str, words: list[str]) -> None:
     import hydra
+    from hydra.errors import HydraException
 
     argv, sys.argv = sys.argv, ["llmkit", "--multirun", *words]
     try:
@@ -192,6 +193,8 @@ def _hydra_main(task: Callable[[Any], float], command: str, words: list[str]) ->
     except SystemExit as error:
         if error.code:
             raise ConfigError("Hydra could not run the sweep; its message stands above") from None
+    except HydraException as error:  # what it raises instead where a debugger or a coverage tool is at work
+        raise ConfigError(f"Hydra could not run the sweep: {error}") from None
     finally:
         sys.argv = argv
 

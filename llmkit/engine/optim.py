@@ -79,16 +79,10 @@ class Muon:
     adamw_eps: float
 
     def build(self, model: nn.Module) -> Optimizer:
-        import torch
+        from llmkit.engine.muon import MuonOptimizer
 
         hidden, rest = split_hidden_matrices(model)
-        muon = torch.optim.Muon(
-            hidden,
-            lr=self.lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
+        muon = MuonOptimizer(hidden, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
         adamw = _adamw(rest, self.adamw_lr, self.adamw_betas, self.adamw_eps, self.weight_decay)
         return combine(muon, adamw)
 

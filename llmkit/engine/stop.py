@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
@@ -72,6 +72,6 @@ def leave_on_signal() -> Iterator[None]:
         raise raised[0]
 
 
-def _restore(handlers: dict[int, Any]) -> None:
+def _restore(handlers: Mapping[Any, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -31,6 +31,7 @@ from llmkit.tracking.wandb_mode import Mode, decide_mode
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "wandb_run.json"  # in the run folder: the id kept over resumes, and what the mirror needs to know
+MIRROR = "llmkit.tracking.wandb_mirror"
 _LEVELS = {"info": logging.INFO, "warning": logging.WARNING}
 
 
@@ -103,7 +104,7 @@ class _Mirror:
         package = str(Path(llmkit.__file__).resolve().parents[1])
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         # -P: a folder called wandb, or a json.py, in the working directory must not be imported instead.
-        module = ["-P", "-m", "llmkit.tracking.wandb_mirror"]
+        module = ["-P", "-m", MIRROR]
         with open(folder / "wandb" / "mirror.log", "ab") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, *module, str(folder), "--trainer", str(os.getpid())],
@@ -134,8 +135,7 @@ class _Mirror:
         if self._listener is not None:
             self._listener.join(timeout=1)
         if code != 0:
-            hint = sync_command(self._folder)
-            logger.warning("W&B may lack the end of this run; metrics.jsonl has all of it. Try: %s", hint)
+            logger.warning("W&B may lack the end of this run. Send it with: %s", send_command(self._folder))
 
 
 def write_run_file(run: RunInfo, settings: dict[str, Any]) -> str:
@@ -154,8 +154,13 @@ def write_run_file(run: RunInfo, settings: dict[str, Any]) -> str:
 
 
 def sync_command(folder: Path) -> str:
-    """The command that sends what was recorded offline."""
-    return f"wandb sync {shlex.quote(str(folder / 'wandb'))}/*run-*"
+    """The command that uploads what was recorded offline."""
+    return f"wandb sync {shlex.quote(str(folder / 'wandb'))}/offline-run-*"
+
+
+def send_command(folder: Path) -> str:
+    """The command that sends what an interrupted upload lacks. ``wandb sync`` would send all of it once more."""
+    return f"python -m {MIRROR} {shlex.quote(str(folder))} --send"
 
 
 def _repeat_to_log(lines: IO[bytes]) -> None:

@@ -1,5 +1,8 @@
 """The process that copies ``metrics.jsonl`` of a run to W&B: ``python -m llmkit.tracking.wandb_mirror RUN_FOLDER``.
 
+The trainer starts it (``WandbTracker``). A person can run it with ``--send`` after the training: it asks the server what
+it has and sends the rest.
+
 Nothing here can disturb the training: own session, low priority, every wait bounded. It ends when stdin says how the
 run ended, or when stdin or the trainer is gone.
 
@@ -83,14 +86,16 @@ class Sent:
         self.names |= news.keys() - {"step"}
         self.count += 1
 
-    def believe_server(self, step: Any, count: int) -> None:
+    def believe_server(self, step: Any, count: int) -> bool:
         """A server that has fewer rows than were sent (the rest lies in an offline copy, or was lost) gets them again.
 
-        ``step`` is that of its newest row, None when it has no row.
+        ``step`` is that of its newest row, None when it has no row. True when that was so.
         """
-        if count < self.count:
-            self.count, self.names = count, set()
-            self.step = int(step) + 1 if count and isinstance(step, int | float) else -1
+        if count >= self.count:
+            return False
+        self.count, self.names = count, set()
+        self.step = int(step) + 1 if count and isinstance(step, int | float) else -1
+        return True
 
     def save(self) -> None:
         temporary = self.path.with_suffix(".tmp")
@@ -108,7 +113,8 @@ class Mirror:
         self.run_id, self.settings, self.config = content["id"], content["settings"], content["config"]
         self.folder: Path = given.folder
         self.trainer: int = given.trainer
-        self.offline: bool = given.offline or self.settings["mode"] == "offline"
+        self.sending: bool = given.send
+        self.offline: bool = not given.send and (given.offline or self.settings["mode"] == "offline")
         self.ending: str = given.ending  # how the run ended; empty while it goes on
         self.deadline: float = given.deadline  # on the monotonic clock, once the run has ended
         self.restarts: int = given.restarts  # how often the copying may still fail
@@ -117,12 +123,15 @@ class Mirror:
         self.tail = Tail(self.folder / "metrics.jsonl")
 
     def main(self) -> None:
-        threading.Thread(target=self._watch_trainer, daemon=True).start()
+        if self.sending:
+            self.ended.set()
+        else:
+            threading.Thread(target=self._watch_trainer, daemon=True).start()
         try:
             run = self._open()
         except Exception as error:  # wandb raises many kinds; each means that there is no run to log to
-            if self.offline:
-                say("warning", f"no copy of this run is kept: {_one_line(error)}")
+            if self.offline or self.sending:
+                say("warning", f"no run to copy to: {_one_line(error)}")
                 raise
             self._go_offline(_one_line(error))
         self.opened.set()
@@ -133,7 +142,7 @@ class Mirror:
             self._copy(run)
         except Exception:  # wandb's own service process died
             traceback.print_exc()
-            if self.restarts == 0:
+            if self.restarts == 0 or self.sending:
                 raise
             self._start_over("--restarts", str(self.restarts - 1))
         run.finish(exit_code=EXIT_CODES.get(self.ending, 1))
@@ -154,8 +163,14 @@ class Mirror:
         run.define_metric("*", step_metric="step")
         if not self.offline:
             say("info", str(run.url))
-            self.sent.believe_server(run.summary.get("step"), run.step)
+            if self.sent.believe_server(run.summary.get("step"), run.step):
+                self._retire_older_parts(run.id)
         return run
+
+    def _retire_older_parts(self, run_id: str) -> None:
+        """All rows go to the server from here: mark offline parts, so that ``wandb sync`` does not add them once more."""
+        for part in (self.folder / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"):
+            part.with_name(part.name + ".synced").touch()
 
     def _wandb_settings(self, known: Collection[str]) -> dict[str, Any]:
         """Nothing is uploaded but rows, config and machine load; wandb's own waits are shorter than ours. Settings that
@@ -170,7 +185,7 @@ class Mirror:
             "disable_job_creation": True,
             "program": "llmkit",
             "init_timeout": self.settings["init_timeout_seconds"],
-            "finish_timeout": 0.7 * finish,
+            "finish_timeout": 0.0 if self.sending else 0.7 * finish,  # 0: until all is there
             "finish_timeout_raises": True,
             "x_save_requirements": False,
             "x_stats_pid": self.trainer,
@@ -254,8 +269,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--ending", default="")
     parser.add_argument("--deadline", type=float, default=0.0)
     parser.add_argument("--restarts", type=int, default=3)
+    parser.add_argument("--send", action="store_true")
     given = parser.parse_args(arguments)
-    _settle(given.trainer)
+    if not given.send:
+        _settle(given.trainer)
     Mirror(given).main()
 
 

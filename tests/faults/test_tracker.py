@@ -90,7 +90,7 @@ def wait_until_gone(folder: Path, seconds: float) -> float:
 
 def sync(folder: Path, server: WandbServer) -> None:
     """``wandb sync``: W&B's own reader of offline runs, sending to ``server``."""
-    parts = [str(path) for path in sorted((folder / "wandb").glob("*run-*"))]
+    parts = [str(path) for path in sorted((folder / "wandb").glob("offline-run-*"))]
     command = [sys.executable, "-m", "wandb", "sync", *parts]
     settings = environment(folder.parent, WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
     done = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60, cwd=folder.parent)
@@ -154,6 +154,8 @@ def test_a_server_that_was_away_gets_the_rows_of_the_offline_part_too(tmp_path: 
     wait_until_gone(folder, 9)
     tracked_run(folder, 15, 30, WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
     assert server.rows(run_id(folder)) == expected_rows(30)
+    sync(folder, server)
+    assert server.rows(run_id(folder)) == expected_rows(30)
 
 
 SLOW_KINDS = ["refused", "401", "403", "429", "500", "garbage", "empty", "close"]
@@ -170,7 +172,7 @@ def test_a_bad_server_costs_neither_rows_nor_time(kind: str, tmp_path: Path) -> 
     assert times["finish"] < 8.5
     assert read_metrics(folder / "metrics.jsonl") == expected_rows(30)
     assert done.stderr.count("warning:") == 1
-    assert "wandb sync" in done.stderr
+    assert "wandb sync" in done.stderr or "--send" in done.stderr
     assert "Traceback" not in done.stderr
     assert not mirrors_of(folder)
     assert list((folder / "wandb").glob("*run-*/*.wandb"))
@@ -229,11 +231,12 @@ def read_terminal(leader: int, process: subprocess.Popen[bytes], limit: float) -
 
 
 @contextmanager
-def waiting_run(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A run that has logged 20 steps offline and goes on once ``folder/go`` exists, and its mirror's process id."""
+def waiting_run(folder: Path, **more: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A run that has logged 20 steps and goes on once ``folder/go`` exists, and its mirror's process id."""
     command = [sys.executable, "-m", "tests.faults.tracked_run", str(folder), "1", "20", "--wait-for", "go"]
+    variables = environment(folder.parent, **more)
     process = subprocess.Popen(
-        command, cwd=REPO, env=environment(folder.parent), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        command, cwd=REPO, env=variables, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
     try:
         deadline = time.monotonic() + 30
@@ -245,6 +248,38 @@ def waiting_run(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_during_the_run_costs_one_warning_and_gets_the_rest_later(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    with WandbServer() as dying:
+        online = {"WANDB_BASE_URL": dying.url, "WANDB_API_KEY": KEY}
+        with waiting_run(folder, **online) as (process, _):
+            dying.stop()
+            started = time.monotonic()
+            (folder / "go").touch()
+            _, errors = process.communicate(timeout=30)
+            assert time.monotonic() - started < 12
+    assert process.returncode == 0
+    assert errors.count("warning:") == 1
+    assert read_metrics(folder / "metrics.jsonl") == expected_rows(20)
+    name = run_id(folder)
+    with WandbServer() as server:
+        server.config = {name: "{}"}
+        server.history = {name: [row | {"_step": i} for i, row in enumerate(expected_rows(7))]}
+        server.summary = {name: '{"step": 7}'}  # what had arrived
+        send(folder, server)
+        assert server.rows(name) == expected_rows(20)
+        send(folder, server)
+        assert server.rows(name) == expected_rows(20)
+
+
+def send(folder: Path, server: WandbServer) -> None:
+    """What the warning at the end of an interrupted upload proposes."""
+    command = [sys.executable, "-m", "llmkit.tracking.wandb_mirror", str(folder), "--send"]
+    settings = environment(folder.parent, WANDB_BASE_URL=server.url, WANDB_API_KEY=KEY)
+    subprocess.run(command, env=settings, cwd=folder.parent, check=True, capture_output=True, timeout=60)
 
 
 def test_a_killed_mirror_costs_one_warning(tmp_path: Path) -> None:

@@ -87,6 +87,10 @@ class WandbServer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """No connection is taken or answered from here on."""
         self._http.shutdown()
         self._http.server_close()
 

@@ -85,6 +85,14 @@ def ids_of(model: Decoder, prompt: str, config: GenerationConfig) -> list[int]:
     return [int(word) for word in text.split(",")[:-1]]
 
 
+def greedy_ids(model: Decoder, start: list[int], n: int) -> list[int]:
+    """The likeliest next id, ``n`` times, without any of the code under test."""
+    ids = list(start)
+    for _ in range(n):
+        ids.append(int(model(torch.tensor([ids]))[0, -1, : TOKENIZER.vocab_size].argmax()))
+    return ids[len(start) :]
+
+
 # -- the same text whichever way ------------------------------------------------------------------------------------
 
 
@@ -109,10 +117,8 @@ def test_a_batch_gives_what_each_prompt_gives_alone(config: DecoderConfig, confi
 
 def test_greedy_takes_the_likeliest_token_of_the_whole_sequence() -> None:
     model = built(llama(**ROOM))
-    ids = [BOS, *TOKENIZER.encode("Once")]
-    for token in ids_of(model, "Once", replace(GREEDY, max_new_tokens=20)):
-        assert token == int(model(torch.tensor([ids]))[0, -1, : TOKENIZER.vocab_size].argmax())
-        ids.append(token)
+    expected = greedy_ids(model, [BOS, *TOKENIZER.encode("Once")], 20)
+    assert ids_of(model, "Once", replace(GREEDY, max_new_tokens=20)) == expected
 
 
 def test_a_seed_repeats_and_equal_prompts_differ() -> None:
@@ -281,10 +287,7 @@ def test_a_prompt_longer_than_the_window_keeps_its_end_and_says_so(caplog: pytes
     assert (
         "1 of 2 prompts are longer than the model's 16 tokens: the last 10 of each were read, 17 before" in caplog.text
     )
-    ids = TOKENIZER.encode(prompt)[-10:]
-    for _ in range(6):
-        ids.append(int(model(torch.tensor([ids]))[0, -1, : TOKENIZER.vocab_size].argmax()))
-    assert texts[1] == TOKENIZER.decode(ids[10:])
+    assert texts[1] == TOKENIZER.decode(greedy_ids(model, TOKENIZER.encode(prompt)[-10:], 6))
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -298,7 +301,16 @@ def test_a_full_window_ends_a_row_and_says_so(
     with caplog.at_level(logging.WARNING, "llmkit"):
         together = run(model, ["abcd", "a"], limited)
     assert "1 of 2 texts ended before max_new_tokens=6" in caplog.text
-    assert together == [run(model, ["abcd"], replace(limited, max_new_tokens=4))[0], run(model, ["a"], limited)[0]]
+    for prompt, n, text in zip(["abcd", "a"], [4, 6], together, strict=True):
+        assert text == TOKENIZER.decode(greedy_ids(model, [BOS, *TOKENIZER.encode(prompt)], n))
+
+
+def test_generating_records_nothing_for_a_backward_pass() -> None:
+    model, recorded = built(llama(**ROOM)), []
+    model.register_forward_hook(lambda module, args, out: recorded.append(out.requires_grad))
+    run(model, ["a"], replace(GREEDY, max_new_tokens=3))
+    "".join(stream(model, TOKENIZER, "a", replace(GREEDY, max_new_tokens=3), device="cpu"))
+    assert recorded == [False] * 6
 
 
 @pytest.mark.parametrize("training", [True, False])

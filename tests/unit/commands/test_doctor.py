@@ -28,7 +28,16 @@ def test_report_of_this_machine(
     monkeypatch.setenv("LLMKIT_REMOTE", "https://user:hunter22@host/x")
     code, text = report(capsys)
     assert code == 0
-    for name in (*doctor.REQUIRED, *doctor.EXTRAS, *doctor.SECTIONS, "cpu", "threads", "run.root", "data cache", "wandb"):
+    for name in (
+        *doctor.REQUIRED,
+        *doctor.EXTRAS,
+        *doctor.SECTIONS,
+        "cpu",
+        "threads",
+        "run.root",
+        "data cache",
+        "wandb",
+    ):
         assert re.search(rf"^ *{re.escape(name)}\b", text, re.MULTILINE), name
     assert re.search(r"ACCELERATE_MIXED_PRECISION +bf16 +\(read by accelerate; the recipe decides", text)
     assert "WANDB_API_KEY" in text

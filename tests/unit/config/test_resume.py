@@ -40,14 +40,31 @@ def test_the_same_line_goes_on(line: list[str], tmp_path: Path) -> None:
 
 
 CHANGED = {
-    "run.name": None, "run.root": None,  # these name the folder itself
-    "run.resume": "must", "engine.max_hours": "2", "engine.micro_batch_size": "8", "engine.grad_accum_steps": "2",
-    "engine.device": "cpu", "engine.n_threads": "1", "engine.compile": "true", "engine.activation_checkpointing": "true",
-    "engine.log_every": "1", "engine.eval_every": "null", "engine.eval_batch_size": "3", "engine.save_every": "7",
-    "engine.keep_last": "3", "engine.keep_best": "false", "engine.on_nonfinite": "skip", "engine.max_skipped_steps": "5",
-    "engine.timeout_minutes": "3", "data.n_workers": "1", "data.cache_dir": "x", "objective.chunk_size": "64",
-    "callbacks": "none", "tracking": "none",
-}  # fmt: skip
+    "run.name": None,
+    "run.root": None,  # these name the folder itself
+    "run.resume": "must",
+    "engine.max_hours": "2",
+    "engine.micro_batch_size": "8",
+    "engine.grad_accum_steps": "2",
+    "engine.device": "cpu",
+    "engine.n_threads": "1",
+    "engine.compile": "true",
+    "engine.activation_checkpointing": "true",
+    "engine.log_every": "1",
+    "engine.eval_every": "null",
+    "engine.eval_batch_size": "3",
+    "engine.save_every": "7",
+    "engine.keep_last": "3",
+    "engine.keep_best": "false",
+    "engine.on_nonfinite": "skip",
+    "engine.max_skipped_steps": "5",
+    "engine.timeout_minutes": "3",
+    "data.n_workers": "1",
+    "data.cache_dir": "x",
+    "objective.chunk_size": "64",
+    "callbacks": "none",
+    "tracking": "none",
+}
 
 
 def test_what_does_not_change_the_numbers_may_change(line: list[str]) -> None:
@@ -99,7 +116,9 @@ def test_every_key_is_safe_a_length_or_tried_above() -> None:
 def test_the_length_may_change_while_the_rates_so_far_do_not(
     tmp_path: Path, schedule: str, steps: int, allowed: bool
 ) -> None:
-    line = started(tmp_path, [f"schedule={schedule}", "engine.max_steps=1000", "run.name=a", f"run.root={tmp_path}"], 600)
+    line = started(
+        tmp_path, [f"schedule={schedule}", "engine.max_steps=1000", "run.name=a", f"run.root={tmp_path}"], 600
+    )
     found = problems(*line, f"engine.max_steps={steps}")
     assert (found == {}) == allowed
     if not allowed:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.data import build, sources
+from llmkit.data import passes, sources
 from llmkit.data.prepare import PreparedData
 from llmkit.data.report import summary_lines
 from llmkit.data.sampler import SampleOrder
@@ -26,14 +26,15 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks a file, several batches a chunk (in this process)."""
     monkeypatch.setattr(sources, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(passes, "BATCH_BYTES", 100)
 
 
 def words(n: int, seed: int = 0) -> list[str]:
     draw = random.Random(seed)
-    return [
-        " ".join(draw.choices(("alpha", "beta", "gamma é", "delta"), k=draw.randint(1, 12))) + f" {i}" for i in range(n)
-    ]
+    choices = ("alpha", "beta", "gamma é", "delta")
+    return [" ".join([*draw.choices(choices, k=draw.randint(1, 12)), str(number)]) for number in range(n)]
 
 
 def trained_on(prepared: PreparedData) -> list[str]:
@@ -132,11 +133,13 @@ def test_a_document_is_on_one_side_whatever_its_file(tmp_path: Path, cache: Path
     assert not held_out & {text for shards in second.train for text in texts_of(shards)}
 
 
-def test_few_documents(tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("max_train_bytes", [1, 1 << 20], ids=["read twice", "from the sample"])
+def test_few_documents(tmp_path: Path, cache: Path, max_train_bytes: int) -> None:
     """A held-out text is found, reported on, and looked for in the training text."""
     long = "a sentence that is long enough to be looked for in other texts, word by word; " * 4
     texts = ["x" * 5000, "y" * 4000, "z" * 4500, long + "end", long + "fin", long]
-    prepared = run(config(write_jsonl(tmp_path / "a.jsonl", texts), cache, val_fraction=0.02))
+    data = config(write_jsonl(tmp_path / "a.jsonl", texts), cache, val_fraction=0.02)
+    prepared = run(data, ByteSpec(max_train_bytes=max_train_bytes))
     assert prepared.val is not None
     (held_out,) = texts_of(prepared.val)
     assert held_out.startswith(long)
@@ -145,6 +148,17 @@ def test_few_documents(tmp_path: Path, cache: Path) -> None:
     assert prepared.report["tokenizer"]["n_documents"] == 1
     with pytest.raises(DataError, match="cannot be split"):
         run(config(write_jsonl(tmp_path / "b.jsonl", ["alone"]), cache, val_fraction=0.02))
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("max_train_bytes", [1, 1 << 20], ids=["read twice", "from the sample"])
+def test_the_first_of_repeated_documents_stays(tmp_path: Path, cache: Path, max_train_bytes: int) -> None:
+    """Over batches, chunks and files."""
+    draw = random.Random(2)
+    texts = draw.choices(words(40), k=120)
+    paths = [str(write_jsonl(tmp_path / f"{n}.jsonl", texts[n * 60 :][:60])) for n in range(2)]
+    prepared = run(config(paths, cache, deduplicate=True), ByteSpec(max_train_bytes=max_train_bytes))
+    assert [text for shards in prepared.train for text in texts_of(shards)] == list(dict.fromkeys(texts))
 
 
 def test_repeated_documents_are_counted_and_dropped_on_request(tmp_path: Path, cache: Path) -> None:
@@ -292,6 +306,13 @@ def test_a_file_that_changes_meanwhile_is_named(tmp_path: Path, cache: Path, act
     assert not list(cache.glob(".tmp*"))
 
 
+def test_a_change_that_the_fingerprint_cannot_see(tmp_path: Path, cache: Path) -> None:
+    """In the middle of a large file, with its size and time put back: the second pass reads other text."""
+    path = write_jsonl(tmp_path / "a.jsonl", ["x" * 100_000, "alpha", "x" * 100_000])
+    with pytest.raises(DataError, match="changed while it was being prepared"):
+        run(config(path, cache), Meddler("replace", path, 1))
+
+
 def test_a_full_disk_is_an_error_of_the_disk(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -307,7 +328,6 @@ def test_progress_on_a_terminal_and_without(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", words(30))
-    monkeypatch.setattr(build, "Meter", build.Meter)
     monkeypatch.setattr("llmkit.data.progress._LINE_SECONDS", 0.0)
     with caplog.at_level("INFO", "llmkit.data"):
         run(config(path, cache), progress=True)

@@ -261,6 +261,7 @@ def test_compiled_blocks_keep_names_numbers_and_isolation(checkpointing: bool) -
     other[:, :7] = (other[:, :7] + 1) % 61
     changed = model(**packed(other, lengths))
     assert float((changed[:, 7:] - b[:, 7:]).detach().abs().max()) == 0.0
+    torch.testing.assert_close(model(ids, cache=model.new_cache(2, 26)), plain(ids), atol=1e-5, rtol=1e-5)
 
 
 # -- cache ----------------------------------------------------------------------------------------------------------

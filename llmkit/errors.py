@@ -58,9 +58,7 @@ class ConfigError(LLMKitError):
 
     exit_code = 2
 
-    def __init__(
-        self, what: str, *, where: str = "", fix: str = "", problems: tuple[Problem, ...] = ()
-    ) -> None:
+    def __init__(self, what: str, *, where: str = "", fix: str = "", problems: tuple[Problem, ...] = ()) -> None:
         super().__init__(what, where=where, fix=fix)
         self.problems = problems
 

@@ -90,9 +90,7 @@ class Batch:
             return tensor.to(where, non_blocking=non_blocking)
 
         documents = None if self.document_ids is None else move(self.document_ids)
-        return Batch(
-            move(self.input_ids), move(self.labels), move(self.position_ids), documents, self.n_targets
-        )
+        return Batch(move(self.input_ids), move(self.labels), move(self.position_ids), documents, self.n_targets)
 
 
 class LossSum(NamedTuple):
@@ -120,9 +118,7 @@ class Model(Protocol):
 class Objective(Protocol):
     """Turns token windows into batches, and batches into a loss."""
 
-    def collate(
-        self, rows: Sequence[NDArray[np.int64]], *, seq_len: int, eos_id: int, pad_id: int
-    ) -> Batch: ...
+    def collate(self, rows: Sequence[NDArray[np.int64]], *, seq_len: int, eos_id: int, pad_id: int) -> Batch: ...
     def loss(self, model: Model, batch: Batch) -> LossSum: ...
 
 

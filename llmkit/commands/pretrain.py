@@ -36,22 +36,22 @@ def train(cfg: PretrainConfig, folder: RunFolder, is_main: bool) -> None:
     recorder = start_recorder(cfg, folder.path, is_main)
     stop, step = StopSignal(), 0
     status, exit_code = "finished", 0
-    try:
-        with leave_on_signal():
-            text = load_text(cfg, progress=is_main)
-            trainer = make_trainer(cfg, text, folder.path, recorder, lambda: stop.requested)
-        with stop:
+    with stop:  # around everything, so that no signal finds the folder without a result
+        try:
+            with leave_on_signal():
+                text = load_text(cfg, progress=is_main)
+                trainer = make_trainer(cfg, text, folder.path, recorder, lambda: stop.requested)
             try:
                 trainer.fit()
             finally:
                 step = trainer.progress.step
-    except BaseException as error:
-        status, exit_code = outcome_of(error)
-        raise
-    finally:
-        recorder.finish(status)
-        if is_main:
-            folder.write_result(status, exit_code, step, recorder.latest)
+        except BaseException as error:
+            status, exit_code = outcome_of(error)
+            raise
+        finally:
+            recorder.finish(status)
+            if is_main:
+                folder.write_result(status, exit_code, step, recorder.latest)
 
 
 def outcome_of(error: BaseException) -> tuple[str, int]:

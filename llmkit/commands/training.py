@@ -25,7 +25,7 @@ from llmkit.engine.evaluate import TrainModule
 from llmkit.engine.init import resolve_init
 from llmkit.engine.limits import global_batch_size, grad_accum_steps_for, steps_to_run
 from llmkit.engine.meter import Meter
-from llmkit.engine.optim import decay_groups
+from llmkit.engine.optim import decay_groups, spare_compiler_import
 from llmkit.engine.recorder import Recorder
 from llmkit.engine.throughput import peak_flops
 from llmkit.engine.trainer import Trainer
@@ -214,6 +214,7 @@ def checkpoint_writer(
 
 def build_optimizer(node: Mapping[str, Any], model: Decoder) -> Optimizer:
     """The ``optim`` node: an llmkit optimizer, or any of ``torch.optim`` with the same two parameter groups."""
+    spare_compiler_import()
     if node["_target_"].startswith("torch.optim."):
         groups = decay_groups(model.parameters(), node.get("weight_decay", 0.0))
         optimizer: Optimizer = build(node, params=groups)
@@ -229,6 +230,8 @@ def make_trainer(
     store = CheckpointStore(folder / "checkpoints", keep_last=cfg.engine.keep_last, keep_best=cfg.engine.keep_best)
     checkpoint = newest_checkpoint(store, cfg, data_key)
     model = load_decoder(cfg, text, checkpoint)
+    n_kept = cfg.engine.keep_last + cfg.engine.keep_best + 1  # one more while the newest is being written
+    store.check_space(n_kept * 3 * 4 * model.config.n_params())  # fp32 weights and two moments
     accelerator = make_accelerator(cfg.engine)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     engine = engine_for(cfg.engine, world_size, checkpoint)

@@ -113,8 +113,16 @@ class _Checker:
     def refuse_unknown(self, prefix: str, raw: Mapping[str, Any], known: list[str]) -> None:
         for key in (key for key in raw if key not in known):
             for path in self.spelt(f"{prefix}{key}", raw[key]):
-                guess = nearest_key(path, known_keys(self.composed))
-                self.report(path, "unknown key", did_you_mean(guess) or _list_keys(prefix, known))
+                guess = did_you_mean(nearest_key(path, known_keys(self.composed)))
+                self.report(path, "unknown key", self.left_over(prefix, path) or guess or _list_keys(prefix, known))
+
+    def left_over(self, prefix: str, path: str) -> str:
+        """How to mend a key of the class that stood here before another ``_target_`` was written over it."""
+        target, key = (self.composed.origin(name).rpartition(":")[0] for name in (f"{prefix}{TARGET}", path))
+        if not target or target == key or "/recipe/" in key or self.composed.origin(path) == COMMAND_LINE:
+            return ""
+        group = prefix.partition(".")[0]
+        return f"it belongs to the class that was here before: choose the new one as a group option, {group}=..."
 
     def spelt(self, path: str, raw: Any) -> list[str]:
         """An unknown section by its own name, or by the keys in it that the command line spelt out."""

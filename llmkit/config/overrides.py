@@ -11,6 +11,7 @@ from typing import Any, Literal
 from llmkit.errors import Problem
 
 COMMAND_LINE = "command line"
+_SURROGATE = re.compile("[\ud800-\udfff]")  # how Python spells a byte of an argument that it cannot decode
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,10 @@ class Override:
 
 def parse(text: str, *, sweep: bool = False) -> Override | Problem:
     """``text`` as an override. Several values (``a=1,2``) are an error unless ``sweep``."""
+    if _SURROGATE.search(text):
+        return Problem(
+            text.encode("ascii", "backslashreplace").decode()[:80], "holds bytes that are not UTF-8", COMMAND_LINE
+        )
     key, equals, raw = text.partition("=")
     if not equals and not text.startswith("~"):
         return _not_an_override(text)

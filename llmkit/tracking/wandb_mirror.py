@@ -1,7 +1,7 @@
 """The process that copies ``metrics.jsonl`` of a run to W&B: ``python -m llmkit.tracking.wandb_mirror RUN_FOLDER``.
 
-The trainer starts it (``WandbTracker``). A person can run it with ``--send`` after the training: it asks the server what
-it has and sends the rest.
+The trainer starts it (``WandbTracker``). A person can run it with ``--send`` after the training: it asks the server
+what it has and sends the rest.
 
 Nothing here can disturb the training: own session, low priority, every wait bounded. It ends when stdin says how the
 run ended, or when stdin or the trainer is gone.
@@ -124,6 +124,7 @@ class Mirror:
 
     def main(self) -> None:
         if self.sending:
+            self.ending = _recorded_ending(self.folder)
             self.ended.set()
         else:
             threading.Thread(target=self._watch_trainer, daemon=True).start()
@@ -168,7 +169,7 @@ class Mirror:
         return run
 
     def _retire_older_parts(self, run_id: str) -> None:
-        """All rows go to the server from here: mark offline parts, so that ``wandb sync`` does not add them once more."""
+        """All rows go to the server from here: mark offline parts, so that ``wandb sync`` does not add them again."""
         for part in (self.folder / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"):
             part.with_name(part.name + ".synced").touch()
 
@@ -242,6 +243,13 @@ def say(level: str, text: str) -> None:
 def _one_line(error: Exception) -> str:
     """Kind and first words of an error; wandb's messages run over many lines and may quote what a server sent."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def _recorded_ending(folder: Path) -> str:
+    """How the run ended, as its ``result.json`` says."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads((folder / "result.json").read_text())["status"])
+    return "finished"
 
 
 def _forward_stop(trainer: int) -> None:

@@ -76,9 +76,7 @@ def test_resume_on_one_process_what_two_began(tmp_path: Path) -> None:
 
 def test_launch_without_world_size_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llmkit", "pretrain", *TINY, f"run.root={tmp_path}", "run.name=solo"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"SLURM_NTASKS": "2"}, timeout=120
-    )
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"SLURM_NTASKS": "2"}, timeout=120)
     assert done.returncode == 7
     assert "SLURM_NTASKS=2" in done.stderr
     assert "Traceback" not in done.stderr

@@ -106,6 +106,15 @@ def test_nodes() -> None:
     assert "unknown key" in problems("+callbacks.sample_text.tokenizer=x")["callbacks.sample_text.tokenizer"].what
 
 
+def test_keys_of_the_class_that_was_there_before(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("schedule:\n  _target_: llmkit.engine.schedule.Constant\n  warmup_stps: 3\n")
+    found = problems(f"recipe={recipe}")
+    assert found["schedule.min_lr_ratio"].origin.endswith("cosine.yaml:4")
+    assert "as a group option, schedule=" in found["schedule.min_lr_ratio"].fix
+    assert found["schedule.warmup_stps"].fix == "did you mean schedule.warmup_steps?"
+
+
 def test_trackers_can_be_taken_out_and_added() -> None:
     assert list(checked("~tracking.wandb").tracking) == ["console"]
     extra = "+tracking.more={_target_: llmkit.tracking.console.ConsoleTracker, live: false}"

@@ -66,6 +66,7 @@ def test_any_text_with_a_letter_outside_the_grammar_survives(raw: str) -> None:
         ("a b=3", "a b", "words joined by dots"),
         ("optim.lr=1,2", "optim.lr", "-m"),
         ("optim.lr=range(1,3)", "optim.lr", "-m"),
+        ("a=\udcff", "a=\\udcff", ""),
     ],
 )
 def test_not_an_override(text: str, path: str, fix: str) -> None:

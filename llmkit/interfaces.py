@@ -55,7 +55,7 @@ class Tokenizer(Protocol):
 
 
 class SequenceDataset(Protocol):
-    """Token sequences of one split. Row ``i`` is the token window ``[i * seq_len, (i + 1) * seq_len]``, ends included."""
+    """Token sequences of one split. Row ``i`` is the window ``[i * seq_len, (i + 1) * seq_len]``, ends included."""
 
     @property
     def n_sequences(self) -> int: ...

@@ -1,7 +1,7 @@
 """The closed sections of a configuration, as the parts that use them see them.
 
-No field has a default here: defaults live in ``recipes/``. This module imports nothing of llmkit and stays free of torch.
-``Range`` marks a field's allowed values; ``config/check.py`` reads it.
+No field has a default here: defaults live in ``recipes/``. This module imports nothing of llmkit and stays free of
+torch. ``Range`` marks a field's allowed values; ``config/check.py`` reads it.
 """
 
 from __future__ import annotations

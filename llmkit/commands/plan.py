@@ -1,4 +1,4 @@
-"""``llmkit pretrain --dry-run``: what a run would do, from the configuration alone. Neither torch nor weights are touched."""
+"""``llmkit pretrain --dry-run``: what a run would do, from the configuration alone, without torch or weights."""
 
 from __future__ import annotations
 

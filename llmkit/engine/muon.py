@@ -1,7 +1,7 @@
 """Muon for matrices (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), with a choice of the compute type.
 
-``torch.optim.Muon`` iterates in bf16, which a CPU without bf16 units emulates at a hundredth of its fp32 speed. Given the
-same type, the two give the same update.
+``torch.optim.Muon`` iterates in bf16, which a CPU without bf16 units emulates at a hundredth of its fp32 speed. Given
+the same type, the two give the same update.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SMALLEST_NORM = 1e-7
 class MuonOptimizer(torch.optim.Optimizer):
     """Nesterov momentum whose matrices are brought near the closest orthogonal one before the update.
 
-    The update is scaled by ``0.2 sqrt(max(rows, columns))``, AdamW's typical root mean square (Liu et al. 2025, equation
-    4). ``dtype`` is the type of the Newton-Schulz products; None takes bf16 on a GPU and fp32 on a CPU.
+    The update is scaled by ``0.2 sqrt(max(rows, columns))``, AdamW's typical root mean square (Liu et al. 2025,
+    equation 4). ``dtype`` is the type of the Newton-Schulz products; None takes bf16 on a GPU and fp32 on a CPU.
     """
 
     def __init__(

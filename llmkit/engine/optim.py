@@ -100,15 +100,16 @@ class Muon:
 def spare_compiler_import() -> None:
     """Keep torch from importing its compiler, over a second, when an optimizer is made.
 
-    torch does so to leave three methods of optimizers out of compiled graphs; llmkit compiles blocks of the model only. The
-    attribute is where torch caches the outcome (``torch._compile``); were it renamed, the import would just come back.
+    torch does so to leave three methods of optimizers out of compiled graphs; llmkit compiles blocks of the model
+    only. The attribute is where torch caches the outcome (``torch._compile``); were it renamed, the import would just
+    come back.
     """
     import torch
 
     for name in ("add_param_group", "state_dict", "load_state_dict"):
         method = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
-        if method is not None and not hasattr(method, "__dynamo_disable"):
-            setattr(method, "__dynamo_disable", method)  # noqa: B010
+        if method is not None:
+            method.__dict__.setdefault("__dynamo_disable", method)
 
 
 def _adamw(

@@ -35,9 +35,12 @@ if TYPE_CHECKING:
 class StepData(Protocol):
     """This rank's micro-batches of one step, its target count, and the first sample id over all ranks."""
 
-    batches: list[Batch]
-    n_targets: int
-    first_sample_id: int
+    @property
+    def batches(self) -> list[Batch]: ...
+    @property
+    def n_targets(self) -> int: ...
+    @property
+    def first_sample_id(self) -> int: ...
 
 
 @dataclass

@@ -3,9 +3,9 @@
     python -m tests.bench.engine_cost --precision fp32 --rounds 3
 
 Every run is a fresh process; the two take turns. llmkit is called as a user calls it, and its own
-``perf/tokens_per_second`` is read from ``metrics.jsonl``; a second figure from its elapsed time checks that one. The plain
-loop is given its batches ready made. Config A of the performance notes: 6 layers, d_model 384, 6 heads, 8192 ids, windows of
-256 tokens, 16 of them a step (``--sequences`` for machines on which bf16 is slow).
+``perf/tokens_per_second`` is read from ``metrics.jsonl``; a second figure from its elapsed time checks that one. The
+plain loop is given its batches ready made. Config A of the performance notes: 6 layers, d_model 384, 6 heads, 8192
+ids, windows of 256 tokens, 16 of them a step (``--sequences`` for machines on which bf16 is slow).
 """
 
 from __future__ import annotations

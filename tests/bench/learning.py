@@ -2,10 +2,10 @@
 
     python -m tests.bench.learning --nanogpt DIR --text .../tinyshakespeare.txt --seeds 1 2 3
 
-``DIR`` is a checkout of nanoGPT; its example is run as its README gives it. Both train on the first 90 % and are scored on the
-last 10 % of the file. The two take turns, each in a fresh process; wall time is the whole process's. nanoGPT reports nats a
-character from 20 random batches; llmkit's ``val/bpb`` covers all of the held-out text once, and since the file is ASCII, a
-byte is a character.
+``DIR`` is a checkout of nanoGPT; its example is run as its README gives it. Both train on the first 90 % and are
+scored on the last 10 % of the file. The two take turns, each in a fresh process; wall time is the whole process's.
+nanoGPT reports nats a character from 20 random batches; llmkit's ``val/bpb`` covers all of the held-out text once,
+and since the file is ASCII, a byte is a character.
 """
 
 from __future__ import annotations

@@ -53,8 +53,6 @@ class _Resolver:
             for key in path:
                 value = value[key]
             return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        except RecursionError:
-            self.report(_dotted(path), f"{text[:80]!r} refers to itself")
         except OmegaConfBaseException as error:
             self.report(_dotted(path), f"{text[:80]!r} has no value: {str(error).splitlines()[0]}")
         return BROKEN

@@ -15,7 +15,7 @@ from typing import Any
 from llmkit.config.compose import Composed, leaves
 from llmkit.config.yaml_file import read_yaml
 from llmkit.errors import ConfigError, Problem
-from llmkit.redact import MASK, redact
+from llmkit.redact import redact
 
 SAFE = (
     "run.name",
@@ -101,7 +101,7 @@ def _changes(
 def _same(old: Any, new: Any) -> bool:
     if isinstance(old, list | tuple) and isinstance(new, list | tuple):
         return len(old) == len(new) and all(map(_same, old, new))
-    return bool(old == new) or old == MASK
+    return bool(old == new)
 
 
 def _same_rates(schedule: Any, reached: int, before: dict[str, Any], now: dict[str, Any], lengths: list[str]) -> bool:

@@ -35,6 +35,7 @@ def value_of(text: str) -> object:
         ("data.path=/a b/ü, c.txt", "/a b/ü, c.txt"),
         ("a=it's", "it's"),
         ("a=x=y", "x=y"),
+        ("a=\\'=\\\\'", "\\'=\\\\'"),
         ("a=hello (world)", "hello (world)"),
         ("a=C:\\dir\\", "C:\\dir\\"),
         ("a='1,2'", "1,2"),

@@ -139,6 +139,12 @@ def test_never_and_must(line: list[str], tmp_path: Path) -> None:
     assert problems(f"run.root={tmp_path}", "run.name=b", "run.resume=never") == {}
 
 
+def test_a_checkpoint_of_the_start_counts(tmp_path: Path) -> None:
+    line = started(tmp_path, [*START, f"run.root={tmp_path}"], 0)
+    assert "at step 0" in problems(*line, "run.resume=never")["run.resume"].what
+    assert problems(*line, "engine.max_steps=50", "schedule.warmup_steps=20") == {}
+
+
 def test_a_damaged_config_is_said_to_be_one(line: list[str], tmp_path: Path) -> None:
     (tmp_path / "a" / "config.yaml").write_text("a: [")
     assert "unreadable" in problems(*line)["run.name"].what

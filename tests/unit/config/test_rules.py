@@ -46,6 +46,7 @@ def test_broken(rule: str) -> None:
         ["data.path=[a,b]", "data.weights=[1,2]"],
         ["init=runs/x", "optim.lr=1"],
         ["init=runs/x", "recipe=gpt_small"],
+        ["init=runs/x", "data.seq_len=4096"],
         ["init=runs/x", "model.max_seq_len=4096", "~tracking.wandb"],
     ],
 )

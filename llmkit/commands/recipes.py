@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from llmkit.config.check import check
+from llmkit.config.check import config_error
 from llmkit.config.choices import config_folders
 from llmkit.config.compose import compose
 from llmkit.config.suggest import did_you_mean, nearest
@@ -51,7 +51,8 @@ def show(name: str, config_dir: Path | None) -> Iterator[str]:
         known = f"the recipes are: {', '.join(files)}"
         raise ConfigError(f"no recipe {name[:80]!r}", fix=did_you_mean(nearest(name, files)) or known)
     composed = compose("pretrain", [f"recipe={name}"], config_dir)
-    check("pretrain", composed)
+    if composed.problems:
+        raise config_error(composed.problems)
     yield f"# -- {files[name]}"
     yield files[name].read_text(encoding="utf-8").rstrip()
     yield ""

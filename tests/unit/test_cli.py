@@ -147,11 +147,11 @@ def test_the_command_gets_the_checked_configuration(monkeypatch: pytest.MonkeyPa
     seen: list[Any] = []
     fake = SimpleNamespace(run=lambda cfg, args: seen.append((cfg, args)) or 42)
     monkeypatch.setattr(cli, "_load", lambda command: fake)
-    assert main(["pretrain", "recipe=gpt_tiny", "--dry-run", "optim.lr=1e-5", "--debug"]) == 42
+    assert main(["pretrain", "recipe=gpt_small", "--dry-run", "optim.lr=1e-5", "--debug"]) == 42
     cfg, args = seen[0]
-    assert (cfg.optim["lr"], cfg.run.name) == (1e-5, "gpt_tiny")
-    assert args.argv == ["llmkit", "pretrain", "recipe=gpt_tiny", "--dry-run", "optim.lr=1e-5", "--debug"]
-    assert args.differences == ["optim.lr: 0.0015 -> 1e-05"]
+    assert (cfg.optim["lr"], cfg.run.name) == (1e-5, "gpt_small")
+    assert args.argv == ["llmkit", "pretrain", "recipe=gpt_small", "--dry-run", "optim.lr=1e-5", "--debug"]
+    assert args.differences == ["optim.lr: 0.0006 -> 1e-05"]
     assert args.debug
 
 

@@ -10,7 +10,7 @@ import pytest
 from llmkit.commands.recipes import listing, recipe_files, run
 from tests.unit.config.helpers import checked
 
-N_RECIPES = 4
+N_RECIPES = 5
 RECIPES = recipe_files(None)
 
 
@@ -20,7 +20,8 @@ def test_none_is_missing() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_is_right_and_names_its_run(name: str) -> None:
-    assert checked(f"recipe={name}").run.name == name
+    """Some want to be told the text; nothing else may be missing."""
+    assert checked(f"recipe={name}", "data.path=x.txt").run.name == name
 
 
 def test_the_list_has_a_line_for_each() -> None:
@@ -54,5 +55,7 @@ def test_show(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     shown = capsys.readouterr().out
     assert "# What we train." in shown
     assert "  name: ours\n  root: runs" in shown
+    assert run(None, argparse.Namespace(overrides=["show", "shakespeare"], config_dir=None)) == 0
+    assert "path: ???" in capsys.readouterr().out, "a recipe that wants to be told the text is shown all the same"
     assert run(None, argparse.Namespace(overrides=[], config_dir=str(tmp_path))) == 0
     assert "ours" in capsys.readouterr().out

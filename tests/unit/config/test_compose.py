@@ -46,7 +46,7 @@ def by_hydra(*overrides: str) -> object:
     [
         *[(f"recipe={name}",) for name in RECIPES],
         ("model=gpt2", "optim=muon", "schedule=wsd", "tracking=none", "callbacks=none", "data=python_source"),
-        ("recipe=gpt_tiny", "model=llama", "model.d_model=64", "optim.betas=[0.8,0.9]", "data.path=[a,b]"),
+        ("recipe=gpt_small", "model=llama", "model.d_model=64", "optim.betas=[0.8,0.9]", "data.path=[a,b]"),
         ("~tracking.wandb", "+callbacks.more={_target_: x}", "tracking.console={live: false}"),
     ],
 )
@@ -75,15 +75,16 @@ def test_origin_and_meaning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     composed = compose("pretrain", [f"recipe={mine(tmp_path)}", "optim.lr=1e-4"])
     assert composed.origin("optim.lr") == "command line"
     assert composed.origin("model.d_model") == "mine.yaml:10"
-    assert composed.origin("model.n_heads").endswith("recipes/model/gpt2.yaml:7")
-    assert composed.origin("engine.max_steps").endswith("recipes/recipe/gpt_tiny.yaml:18")
-    assert composed.meaning("optim.lr") == "peak learning rate"
+    assert composed.origin("model.n_layers").endswith("recipes/model/gpt2.yaml:6")
+    line = (recipes_dir() / "recipe" / "gpt_tiny.yaml").read_text().splitlines().index("engine:") + 2
+    assert composed.origin("engine.max_steps").endswith(f"recipes/recipe/gpt_tiny.yaml:{line}")
+    assert composed.meaning("optim.lr").startswith("peak learning rate")
     assert composed.meaning("model.d_model") == "width of the residual stream"
 
 
 def test_differences_are_those_from_the_recipe() -> None:
-    composed = compose("pretrain", ["recipe=gpt_tiny", "optim.lr=1e-4", "model.n_heads=8"])
-    assert composed.differences() == [("model.n_heads", 4, 8), ("optim.lr", 0.0015, 1e-4)]
+    composed = compose("pretrain", ["recipe=gpt_small", "optim.lr=1e-4", "model.n_heads=8"])
+    assert composed.differences() == [("model.n_heads", 12, 8), ("optim.lr", 6e-4, 1e-4)]
     assert compose("pretrain", ["recipe=gpt_tiny"]).differences() == []
 
 

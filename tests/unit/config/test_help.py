@@ -26,9 +26,9 @@ def test_every_key_and_option_is_there(command: str) -> None:
 
 
 def test_values_types_and_meanings() -> None:
-    page = config_help("pretrain", ["recipe=gpt_tiny", "optim=muon"], None)
+    page = config_help("pretrain", ["recipe=gpt_small", "optim=muon"], None)
     (lr,) = (line for line in page.splitlines() if line.startswith("  optim.lr "))
-    assert lr.split(maxsplit=2)[1] == "0.0015"
+    assert lr.split(maxsplit=2)[1] == "0.0006"
     assert "peak learning rate of Muon" in lr
     assert "(float)" in lr
     assert "optim.adamw_lr" in page

@@ -42,6 +42,14 @@ test-gpu: install  ## tests that need a CUDA device
 coverage: install  ## branch coverage of config, data and engine
 	$(BIN)/python -m pytest -m 'not slow and not gpu' --cov --cov-report=term
 
+.PHONY: bench
+bench: install  ## what the engine costs beside a plain PyTorch loop
+	$(BIN)/python -m tests.bench.engine_cost
+
+.PHONY: bench-data
+bench-data: install  ## speed and memory of preparing 250 MB and 1 GB; memory of the sample order
+	$(BIN)/python -m tests.bench.prepare_scale
+
 .PHONY: check
 check: install  ## style, lint and types
 	$(BIN)/ruff format --check .

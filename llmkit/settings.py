@@ -69,9 +69,13 @@ class DataConfig:
     max_line_bytes: Annotated[int, Range(1024)]
     max_bad_fraction: Annotated[float, Range(0, 1)]
     deduplicate: bool
-    seq_len: Annotated[int, Range(2)]
+    seq_len: Annotated[int | None, Range(2)]  # None: see ``window``
     n_workers: Annotated[int | None, Range(1)]
     cache_dir: str | None
+
+    def window(self, max_seq_len: int) -> int:
+        """Tokens per sequence for a model that takes ``max_seq_len``."""
+        return max_seq_len if self.seq_len is None else self.seq_len
 
 
 @dataclass(frozen=True)

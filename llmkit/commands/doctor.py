@@ -15,7 +15,7 @@ from pathlib import Path
 
 import llmkit
 from llmkit.data.cache import cache_root
-from llmkit.errors import EXIT_OK, SetupError
+from llmkit.errors import EXIT_OK, ConfigError, SetupError
 from llmkit.redact import redact
 from llmkit.tracking.wandb_mode import decide_mode
 
@@ -50,6 +50,8 @@ Rows = Iterator[tuple[str, str]]
 
 def run(cfg: None, args: argparse.Namespace) -> int:
     """Print the report; 0, or 8 when something that every run needs is missing."""
+    if args.overrides:
+        raise ConfigError(f"doctor takes no {args.overrides[0]!r:.80}", fix="call it alone: llmkit doctor")
     missing: list[str] = []
     for title, rows in SECTIONS.items():
         print(title)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from llmkit.config.build import build
 from llmkit.config.schema import PretrainConfig
+from llmkit.data.readers.base import find_sources
 from llmkit.engine.limits import global_batch_size, steps_to_run
 from llmkit.errors import ConfigError
 from llmkit.models.config import DecoderConfig
@@ -28,17 +29,26 @@ def show_plan(cfg: PretrainConfig, args: argparse.Namespace) -> int:
 
 def plan(cfg: PretrainConfig, world_size: int) -> Iterator[tuple[str, str]]:
     """(name, value) pairs in the order they are shown."""
+    for path in (cfg.data.path, cfg.data.val_path):
+        if path is not None:
+            find_sources(path)  # a plan for text that is not there would be none
     model = planned_model(cfg)
     batch_size = global_batch_size(cfg.engine, world_size)
-    tokens_per_step = batch_size * cfg.data.seq_len
+    tokens_per_step = batch_size * cfg.data.window(model.max_seq_len)
     yield "run", f"{cfg.run.root}/{cfg.run.name}, seed {cfg.run.seed}, resume {cfg.run.resume}"
     yield "start from", cfg.init or "random weights"
     yield "text", f"{cfg.data.path}, validation {cfg.data.val_path or f'{cfg.data.val_fraction:.1%} of the documents'}"
     yield "parameters", f"{model.n_params():,} ({model.n_params_without_embeddings():,} without embeddings)"
     yield "opens as", model.hf_architecture() or "llmkit only: no Hugging Face architecture has these options"
-    yield "batch", f"{batch_size} sequences of {cfg.data.seq_len} tokens = {tokens_per_step:,} tokens a step"
+    yield (
+        "batch",
+        f"{batch_size} sequences of {cfg.data.window(model.max_seq_len)} tokens = {tokens_per_step:,} tokens a step",
+    )
     yield "length", planned_length(cfg, model, batch_size)
-    yield "compute", f"{model.flops_per_token(cfg.data.seq_len) / 1e6:,.1f} MFLOP a token, {cfg.engine.precision}"
+    yield (
+        "compute",
+        f"{model.flops_per_token(cfg.data.window(model.max_seq_len)) / 1e6:,.1f} MFLOP a token, {cfg.engine.precision}",
+    )
     for name, n_bytes in memory_estimate(cfg, model).items():
         yield f"memory: {name}", f"{n_bytes / GIB:.2f} GiB"
 
@@ -59,10 +69,12 @@ def planned_model(cfg: PretrainConfig) -> DecoderConfig:
 def planned_length(cfg: PretrainConfig, model: DecoderConfig, batch_size: int) -> str:
     """Steps and tokens, as far as they are known before the text is prepared."""
     try:
-        steps = steps_to_run(cfg.engine, batch_size=batch_size, seq_len=cfg.data.seq_len, n_sequences=None)
+        steps = steps_to_run(
+            cfg.engine, batch_size=batch_size, seq_len=cfg.data.window(model.max_seq_len), n_sequences=None
+        )
     except ConfigError:
         return f"{cfg.engine.max_epochs} epochs; the number of steps is known once the text is prepared"
-    tokens = steps * batch_size * cfg.data.seq_len
+    tokens = steps * batch_size * cfg.data.window(model.max_seq_len)
     return f"{steps:,} steps, {tokens:,} tokens, {tokens / model.n_params():.1f} tokens a parameter"
 
 
@@ -76,11 +88,11 @@ def memory_estimate(cfg: PretrainConfig, model: DecoderConfig) -> dict[str, int]
         "optimizer": build(cfg.optim).state_bytes(hidden, model.n_params() - hidden),
         "activations": model.activation_bytes(
             cfg.engine.micro_batch_size,
-            cfg.data.seq_len,
+            cfg.data.window(model.max_seq_len),
             value_bytes=BYTES_PER_VALUE[cfg.engine.precision],
             checkpointing=cfg.engine.activation_checkpointing,
             logit_rows=build(cfg.objective).logit_rows(
-                cfg.engine.micro_batch_size * cfg.data.seq_len, model.vocab_rows
+                cfg.engine.micro_batch_size * cfg.data.window(model.max_seq_len), model.vocab_rows
             ),
         ),
     }

@@ -35,7 +35,7 @@ def train(cfg: PretrainConfig, folder: RunFolder, is_main: bool) -> None:
 
     recorder = start_recorder(cfg, folder.path, is_main)
     stop, step = StopSignal(), 0
-    status, exit_code = "finished", 0
+    status, exit_code, message = "finished", 0, ""
     with stop:  # around everything, so that no signal finds the folder without a result
         try:
             with leave_on_signal():
@@ -47,11 +47,12 @@ def train(cfg: PretrainConfig, folder: RunFolder, is_main: bool) -> None:
                 step = trainer.progress.step
         except BaseException as error:
             status, exit_code = outcome_of(error)
+            message = str(error) or type(error).__name__
             raise
         finally:
             recorder.finish(status)
             if is_main:
-                folder.write_result(status, exit_code, step, recorder.latest)
+                folder.write_result(status, exit_code, step, recorder.latest, message)
 
 
 def outcome_of(error: BaseException) -> tuple[str, int]:

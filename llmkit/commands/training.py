@@ -84,7 +84,7 @@ def load_decoder(cfg: PretrainConfig, text: Text, checkpoint: Checkpoint | None)
     else:
         model = build(cfg.model).with_vocab(text.tokenizer.vocab_size).build()
         model.init_weights(cfg.run.seed)
-    if cfg.data.seq_len > model.config.max_seq_len:
+    if cfg.data.window(model.config.max_seq_len) > model.config.max_seq_len:
         raise ConfigError(
             f"windows of {cfg.data.seq_len} tokens, but the model takes at most {model.config.max_seq_len}",
             where="data.seq_len",
@@ -141,10 +141,10 @@ def collator(objective: Objective, tokenizer: Tokenizer, seq_len: int) -> Collat
 
 
 def train_batches(
-    cfg: PretrainConfig, text: Text, engine: EngineConfig, collate: Collate, rank: int, world_size: int
+    cfg: PretrainConfig, text: Text, seq_len: int, engine: EngineConfig, collate: Collate, rank: int, world_size: int
 ) -> TrainBatches:
     """This rank's share of the training windows, in an order that no number of ranks changes."""
-    windows = tuple(WindowDataset(shards, cfg.data.seq_len) for shards in text.prepared.train)
+    windows = tuple(WindowDataset(shards, seq_len) for shards in text.prepared.train)
     weights = None if cfg.data.weights is None else tuple(cfg.data.weights)
     order = SampleOrder(tuple(w.n_sequences for w in windows), weights, cfg.run.seed)
     check_enough(order.n_samples, global_batch_size(engine, world_size))
@@ -152,12 +152,12 @@ def train_batches(
 
 
 def val_loader(
-    cfg: PretrainConfig, text: Text, collate: Collate, rank: int, world_size: int
+    cfg: PretrainConfig, text: Text, seq_len: int, collate: Collate, rank: int, world_size: int
 ) -> Callable[[], Iterator[Batch]] | None:
     """A fresh pass over the validation windows at each call; None when there is no validation text."""
     if text.prepared.val is None:
         return None
-    windows = WindowDataset(text.prepared.val, cfg.data.seq_len)
+    windows = WindowDataset(text.prepared.val, seq_len)
     size = cfg.engine.eval_batch_size or cfg.engine.micro_batch_size
     return partial(eval_batches, windows, collate, size, rank, world_size)
 
@@ -166,15 +166,16 @@ def describe_run(
     cfg: PretrainConfig, text: Text, folder: Path, model: Decoder, batch_size: int, n_sequences: int
 ) -> RunInfo:
     """What the trackers, the callbacks and the checkpoints say of this run."""
+    seq_len = cfg.data.window(model.config.max_seq_len)
     return RunInfo(
         name=cfg.run.name,
         folder=folder,
         command="pretrain",
         config=asdict(cfg),
-        max_steps=steps_to_run(cfg.engine, batch_size=batch_size, seq_len=cfg.data.seq_len, n_sequences=n_sequences),
+        max_steps=steps_to_run(cfg.engine, batch_size=batch_size, seq_len=seq_len, n_sequences=n_sequences),
         facts={
             "n_params": model.config.n_params(),
-            "tokens_per_step": batch_size * cfg.data.seq_len,
+            "tokens_per_step": batch_size * seq_len,
             "n_sequences": n_sequences,
             "data_key": text.prepared.folder.name,
             "tokenizer": text.tokenizer.fingerprint,
@@ -236,8 +237,9 @@ def make_trainer(
     rank, world_size = accelerator.process_index, accelerator.num_processes
     engine = engine_for(cfg.engine, world_size, checkpoint)
     objective = build(cfg.objective)
-    collate = collator(objective, text.tokenizer, cfg.data.seq_len)
-    batches = train_batches(cfg, text, engine, collate, rank, world_size)
+    seq_len = cfg.data.window(model.config.max_seq_len)
+    collate = collator(objective, text.tokenizer, seq_len)
+    batches = train_batches(cfg, text, seq_len, engine, collate, rank, world_size)
     batch_size = global_batch_size(engine, world_size)
     run = describe_run(cfg, text, folder, model, batch_size, batches.order.n_samples)
     trainer = Trainer(
@@ -249,7 +251,7 @@ def make_trainer(
         seed=cfg.run.seed,
         global_batch_size=batch_size,
         load_step=batches.step,
-        val_batches=val_loader(cfg, text, collate, rank, world_size),
+        val_batches=val_loader(cfg, text, seq_len, collate, rank, world_size),
         val_bytes=0 if text.prepared.val is None else text.prepared.val.n_bytes,
         record=recorder,
         save=checkpoint_writer(store, recorder, text, model),
@@ -257,7 +259,7 @@ def make_trainer(
         callbacks=[build(node, tokenizer=text.tokenizer) for node in cfg.callbacks.values()],
         run=run,
         meter=Meter(
-            model.config.flops_per_token(cfg.data.seq_len),
+            model.config.flops_per_token(seq_len),
             peak_flops(device_name(accelerator.device), engine.precision),
             world_size,
             accelerator.device.type,

@@ -114,7 +114,7 @@ class _Checker:
         for key in (key for key in raw if key not in known):
             for path in self.spelt(f"{prefix}{key}", raw[key]):
                 guess = did_you_mean(nearest_key(path, known_keys(self.composed)))
-                self.report(path, "unknown key", self.left_over(prefix, path) or guess or _list_keys(prefix, known))
+                self.report(path, "unknown key", guess or self.left_over(prefix, path) or _list_keys(prefix, known))
 
     def left_over(self, prefix: str, path: str) -> str:
         """How to mend a key of the class that stood here before another ``_target_`` was written over it."""

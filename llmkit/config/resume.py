@@ -85,6 +85,8 @@ def _changes(
     composed: Composed, before: dict[str, Any], now: dict[str, Any], reached: int, schedule: Any
 ) -> Iterator[Problem]:
     changed = [path for path in before if path in now and not _same(before[path], now[path])]
+    if now.get("init") is not None:  # the model and tokenizer sections are not used then
+        changed = [path for path in changed if path.partition(".")[0] not in ("model", "tokenizer")]
     for path in changed:
         if path in LENGTH or any(path == safe or path.startswith(f"{safe}.") for safe in SAFE):
             continue

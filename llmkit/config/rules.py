@@ -46,7 +46,7 @@ def run_name(view: View) -> Iterator[Problem]:
     name = view["run.name"]
     if not _RUN_NAME.fullmatch(name):
         what = f"must be 1 to 128 letters, digits, dots, dashes or underscores, is {name[:80]!r}"
-        yield view.problem("run.name", what)
+        yield view.problem("run.name", what, "run.root chooses the folder that holds the run")
 
 
 def run_root(view: View) -> Iterator[Problem]:
@@ -90,7 +90,9 @@ def planned_steps(view: View) -> int | None:
     limits = [view["engine.max_steps"]]
     if view["engine.max_tokens"] is not None:
         sequences = view["engine.micro_batch_size"] * view["engine.grad_accum_steps"] * _world_size()
-        limits.append(math.ceil(view["engine.max_tokens"] / (sequences * view["data.seq_len"])))
+        limits.append(
+            math.ceil(view["engine.max_tokens"] / (sequences * (view["data.seq_len"] or view["model.max_seq_len"])))
+        )
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -100,7 +102,7 @@ def _world_size() -> int:
 
 
 def context(view: View) -> Iterator[Problem]:
-    if view["init"] is None and view["data.seq_len"] > view["model.max_seq_len"]:
+    if view["init"] is None and (view["data.seq_len"] or 0) > view["model.max_seq_len"]:
         what = f"{view['data.seq_len']} tokens, but model.max_seq_len is {view['model.max_seq_len']}"
         yield view.problem("data.seq_len", what, "raise model.max_seq_len or lower data.seq_len")
 
@@ -118,7 +120,8 @@ def weights(view: View) -> Iterator[Problem]:
         return
     n_paths = 1 if isinstance(paths, str) else len(paths)
     if len(shares) != n_paths:
-        yield view.problem("data.weights", f"{len(shares)} weights for {n_paths} paths")
+        what = f"{len(shares)} value(s) for {n_paths} path(s)"
+        yield view.problem("data.weights", what, "give one weight for each item of data.path")
     if any(share <= 0 for share in shares):
         yield view.problem("data.weights", f"every weight must be above 0, is {shares}")
 
@@ -141,6 +144,15 @@ def init_decides(view: View) -> Iterator[Problem]:
             yield view.problem(path, f"has no effect: the model and tokenizer come from init={view['init']}")
 
 
+def evaluates_everything(view: View) -> Iterator[Problem]:
+    """Evaluation reads every document of ``data.path`` once; what would choose among them is a mistake."""
+    if view.composed.command != "evaluate":
+        return
+    for name in ("data.val_fraction", "data.val_path", "data.weights"):
+        if name in view.composed.from_command_line:
+            yield view.problem(name, "has no effect: every document of data.path is evaluated, each once")
+
+
 def resume(view: View) -> Iterator[Problem]:
     if view.composed.command == "pretrain":
         yield from resume_problems(view.composed, view.values, view.objects["schedule"])
@@ -159,4 +171,5 @@ RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
     weights,
     paths,
     init_decides,
+    evaluates_everything,
 )

@@ -74,6 +74,8 @@ def prepare(
                 prepared = open_entry(root / name, reused=False, reason=reason)
     check_stored(prepared.report, data)
     log.info("prepared data %s: %s", prepared.folder.name, prepared.reason)
+    for warning in prepared.report["warnings"]:
+        log.warning("%s", warning)
     return prepared
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmkit.data.readers.base import BUILTIN_PREFIX, find_sources, fingerprint
+from llmkit.errors import DataError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,7 +45,11 @@ def find(data: DataConfig) -> list[Source]:
     sources = [_source(item, item) for item in paths_of(data)]
     if data.val_path is not None:
         label = data.val_path if isinstance(data.val_path, str) else ", ".join(data.val_path)
-        sources.append(_source(label, data.val_path, is_val=True))
+        try:
+            sources.append(_source(label, data.val_path, is_val=True))
+        except DataError as error:
+            error.where = error.where.replace("data.path", "data.val_path")
+            raise
     return sources
 
 

@@ -111,7 +111,7 @@ def _from_hub(init: str, path: Path) -> Path:
         raise ConfigError(f"no folder and no hub model {init!r}", where="init", fix=_suggestion(path)) from error
     except OSError as error:  # offline, no network, a server that fails, a full disk
         why = "is not in the local cache and HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "cannot be fetched"
-        raise _unreachable(init, why, f"{_suggestion(path)} Otherwise download it once while online") from error
+        raise _unreachable(init, why, f"{_suggestion(path)}; otherwise download it once while online") from error
     return Path(folder)
 
 

@@ -98,10 +98,17 @@ class RunFolder:
             for name, content in contents.items():
                 files.write_atomic(self.path / name, content.encode())
 
-    def write_result(self, status: str, exit_code: int, step: int, metrics: Mapping[str, float]) -> None:
-        """Write ``result.json``. A metric that is not finite becomes null, which every JSON reader accepts."""
+    def write_result(
+        self, status: str, exit_code: int, step: int, metrics: Mapping[str, float], error: str = ""
+    ) -> None:
+        """Write ``result.json``. A metric that is not finite becomes null, which every JSON reader accepts.
+
+        ``error`` is the message that ended the run; the key is left out when there is none.
+        """
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         result = {"status": status, "exit_code": exit_code, "step": step, "metrics": finite}
+        if error:
+            result["error"] = redact(error)
         with _disk_errors(self.path):
             files.write_atomic(self.path / "result.json", (json.dumps(result, indent=2) + "\n").encode())
 

@@ -109,5 +109,6 @@ def test_pages_show_commands() -> None:
 def test_links_and_files_exist(page: Path) -> None:
     text = page.read_text("utf8")
     targets = re.findall(r"\]\((?!https?:|#)([^)#]+)", text)
+    assert re.findall(r"@[A-Z]+@", text) == [], "a figure is still to be filled in"
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert missing == []

@@ -79,6 +79,8 @@ def test_result(tmp_path: Path) -> None:
     }  # fmt: skip
     folder.write_result("stopped", 75, 8, {})
     assert json.loads((folder.path / "result.json").read_text())["exit_code"] == 75
+    folder.write_result("failed", 3, 0, {}, "no document in notes.txt")
+    assert json.loads((folder.path / "result.json").read_text())["error"] == "no document in notes.txt"
 
 
 def test_a_root_that_cannot_be_made_is_a_typed_error(tmp_path: Path) -> None:

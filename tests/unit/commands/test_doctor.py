@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    code = doctor.run(None, argparse.Namespace())
+    code = doctor.run(None, argparse.Namespace(overrides=[]))
     return code, capsys.readouterr().out
 
 

@@ -79,7 +79,7 @@ def test_suggestions_know_other_names_and_sections(override: str, suggestion: st
         ("model.n_heads=7", "must divide d_model (256)"),
         ("data=files", "a value is needed"),
         ("engine=3", "no option"),
-        ("model.max_seq_len=64", "model.max_seq_len is 64"),
+        ("data.seq_len=512", "model.max_seq_len is 256"),
     ],
 )
 def test_wrong_values(override: str, what: str) -> None:
@@ -158,7 +158,7 @@ CHOICES = {
     "engine.precision": st.sampled_from(["fp32", "bf16"]),
     "engine.compile": st.booleans(),
     "optim.lr": st.floats(1e-8, 10, exclude_min=True),
-    "data.seq_len": st.integers(2, 1024),
+    "data.seq_len": st.integers(2, 256),
     "data.text_field": st.text(max_size=12).filter(lambda text: "${" not in text and "\0" not in text),
     "data.val_fraction": st.floats(0, 0.5),
 }

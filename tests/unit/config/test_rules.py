@@ -15,7 +15,7 @@ BROKEN = {
     "stop_rule": (["engine.max_steps=null"], "engine.max_steps"),
     "zero_limits": (["engine.max_epochs=0"], "engine.max_epochs"),
     "warmup": (["schedule.warmup_steps=201"], "schedule.warmup_steps"),
-    "context": (["model.max_seq_len=128"], "data.seq_len"),
+    "context": (["data.seq_len=512"], "data.seq_len"),
     "vocabulary": (["model.vocab_size=4000"], "model.vocab_size"),
     "weights": (["data.path=[a,b]", "data.weights=[1]"], "data.weights"),
     "paths": (["data.path=[]"], "data.path"),
@@ -24,7 +24,8 @@ BROKEN = {
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {rule.__name__ for rule in RULES} == set(BROKEN)
+    elsewhere = {"evaluates_everything"}  # a rule of another command: tests/integration/test_commands.py
+    assert {rule.__name__ for rule in RULES} == set(BROKEN) | elsewhere
 
 
 @pytest.mark.parametrize("rule", BROKEN)

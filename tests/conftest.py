@@ -48,3 +48,8 @@ def _fresh_log() -> Iterator[None]:
         handler.close()
     logger.propagate = True
     logger.setLevel(logging.NOTSET)
+    logging.disable(logging.NOTSET)
+    logging.root.setLevel(logging.WARNING)  # Hydra raises it in sweeps
+    for name, other in logging.root.manager.loggerDict.items():  # a library's logging setup may have switched them off
+        if name.startswith("llmkit") and isinstance(other, logging.Logger):
+            other.disabled = False

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.data import cache, sources
 from llmkit.data.build import Build, TokenizerMaker, TokenizerReport
-from llmkit.data.report import check_stored
+from llmkit.data.report import check_stored, summary_lines
 from llmkit.data.sampler import check_weights
 from llmkit.data.token_shards import TokenShards, Vocabulary
 from llmkit.errors import DataError
@@ -74,8 +74,8 @@ def prepare(
                 prepared = open_entry(root / name, reused=False, reason=reason)
     check_stored(prepared.report, data)
     log.info("prepared data %s: %s", prepared.folder.name, prepared.reason)
-    for warning in prepared.report["warnings"]:
-        log.warning("%s", warning)
+    for line in summary_lines(prepared.report):
+        log.info("%s", line)
     return prepared
 
 

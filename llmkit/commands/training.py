@@ -24,6 +24,7 @@ from llmkit.engine.device import device_name, make_accelerator
 from llmkit.engine.evaluate import TrainModule
 from llmkit.engine.init import resolve_init
 from llmkit.engine.limits import global_batch_size, grad_accum_steps_for, steps_to_run
+from llmkit.engine.manifest import config_hash
 from llmkit.engine.meter import Meter
 from llmkit.engine.optim import decay_groups, spare_compiler_import
 from llmkit.engine.recorder import Recorder
@@ -228,7 +229,12 @@ def make_trainer(
 ) -> Trainer:
     """Everything from the newest checkpoint to a trainer whose ``fit`` can be called."""
     data_key = text.prepared.folder.name
-    store = CheckpointStore(folder / "checkpoints", keep_last=cfg.engine.keep_last, keep_best=cfg.engine.keep_best)
+    store = CheckpointStore(
+        folder / "checkpoints",
+        keep_last=cfg.engine.keep_last,
+        keep_best=cfg.engine.keep_best,
+        facts={"run": cfg.run.name, "config_hash": config_hash(asdict(cfg))},
+    )
     checkpoint = newest_checkpoint(store, cfg, data_key)
     model = load_decoder(cfg, text, checkpoint)
     n_kept = cfg.engine.keep_last + cfg.engine.keep_best + 1  # one more while the newest is being written

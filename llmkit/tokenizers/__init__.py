@@ -1,1 +1,1 @@
-"""Text to ids: SentencePiece models that llmkit trains, and ``tokenizer.json`` files that others made."""
+"""Text to ids: SentencePiece and WordPiece vocabularies that llmkit trains, and files that others made."""

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmkit.tokenizers.vocabulary import MASK_NAMES, SPACE
+
 logger = logging.getLogger("llmkit.tokenizers")
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 FORMAT_KEY = "llmkit_format"  # in CONFIG_FILE: says that tokenizer.model decides the ids
-SPACE = "\u2581"  # stands for a space inside the pieces
 _NEVER = -1e6  # the score of a piece that Unigram must not take from text; special tokens are found before it runs
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # piece types of sentencepiece_model.proto
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # piece types of sentencepiece_model.proto
 _KINDS = {1: "Unigram", 2: "BPE"}  # model types of sentencepiece_model.proto
 
 
@@ -34,6 +35,8 @@ class ModelProto:
     byte_fallback: bool
     ids: dict[str, int]  # unk, bos, eos, pad; absent ones are left out
     complete: bool  # a file cut between two pieces is still a model to the library
+    lossy: bool  # text changes on the way, by design
+    space_after: bool  # the sign of a space ends a word instead of beginning one
 
     @classmethod
     def parse(cls, model: bytes) -> ModelProto:
@@ -51,6 +54,8 @@ class ModelProto:
             byte_fallback=trainer.byte_fallback,
             ids={name: index for name, index in ids.items() if index >= 0},
             complete=proto.HasField("normalizer_spec"),
+            lossy=not plain,
+            space_after=trainer.treat_whitespace_as_suffix,
         )
 
     @property
@@ -59,18 +64,25 @@ class ModelProto:
         plain = self.convertible and not self.dummy_prefix
         return plain and not any(re.search(f"[^{SPACE}]{SPACE}", piece) for piece, _, _ in self.pieces)
 
+    @property
+    def silent_ids(self) -> set[int]:
+        """Ids that the library never gives for a text it knows."""
+        return {i for i, (_, _, kind) in enumerate(self.pieces) if kind in (_UNKNOWN, _CONTROL, _UNUSED)}
+
     def symbol(self, name: str) -> str:
         return self.pieces[self.ids[name]][0]
 
 
 def write_hf_files(model: ModelProto, folder: Path) -> None:
     """Into ``folder``. A model with a normalisation of its own gets no ``tokenizer.json``, and a warning."""
+    masks = [name for name in MASK_NAMES if any(piece == name for piece, _, _ in model.pieces)]
     config: dict[str, Any] = {
         FORMAT_KEY: "sentencepiece",
         "tokenizer_class": "PreTrainedTokenizerFast" if model.convertible else "LlamaTokenizer",
         "clean_up_tokenization_spaces": False,
         "model_max_length": int(1e30),  # as transformers writes "no limit"
         **{f"{name}_token": model.symbol(name) for name in model.ids},
+        **({"mask_token": masks[0]} if masks else {}),
     }
     if model.convertible:
         _write(folder / TOKENIZER_FILE, tokenizer_json(model))

@@ -1,4 +1,4 @@
-"""Tokenizers that others made, read from ``tokenizer.json`` by the ``tokenizers`` package (extra ``hf``)."""
+"""Tokenizers in ``tokenizer.json`` or BERT's ``vocab.txt``, run by the ``tokenizers`` package (extra ``hf``)."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import ConfigError, DataError, missing_extra
+from llmkit.interfaces import TokenIds
+from llmkit.tokenizers import vocabulary as vocabularies
+from llmkit.tokenizers.bert_files import VOCAB_FILE, named, read_vocab_txt
 from llmkit.tokenizers.hf_files import CONFIG_FILE, TOKENIZER_FILE
 
 if TYPE_CHECKING:
@@ -17,12 +21,20 @@ if TYPE_CHECKING:
 
 # Where no file names the end of a text, a token of one of these names is it.
 _KNOWN_NAMES = {
-    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
-    "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
+    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]"),
+    "eos_token": ("</s>", "<eos>", "<|end_of_text|>", "[SEP]", "<|endoftext|>"),
     "pad_token": ("<pad>", "[PAD]", "<|pad|>"),
     "unk_token": ("<unk>", "[UNK]"),
+    "cls_token": ("[CLS]",),
+    "sep_token": ("[SEP]",),
+    "mask_token": vocabularies.MASK_NAMES,
 }
+_STAND_IN = {"bos_token": "cls_token", "eos_token": "sep_token"}  # BERT's words for the ends of a text
 _KEPT_SETTINGS = (
+    "do_lower_case",
+    "strip_accents",
+    "tokenize_chinese_chars",
+    "model_input_names",
     "model_max_length",
     "chat_template",
     "padding_side",
@@ -34,12 +46,15 @@ _SIDE_FILES = ("chat_template.jinja",)
 
 @dataclass(frozen=True)
 class HFTokenizerSpec:
-    """Opens the ``tokenizer.json`` at ``path`` (the file, or its folder)."""
+    """Opens the ``tokenizer.json`` or BERT's ``vocab.txt`` at ``path`` (the file, or its folder)."""
 
     path: str | None
 
     def problems(self) -> list[tuple[str, str]]:
         return [] if self.path else [("path", "give the tokenizer.json or its folder")]
+
+    def symbols(self) -> None:
+        """Known once the file is open."""
 
     def open(self) -> HFTokenizer:
         if not self.path:
@@ -48,7 +63,7 @@ class HFTokenizerSpec:
 
     def train(self, texts: Iterable[str], folder: Path) -> HFTokenizer:
         """A ``tokenizer.json`` is never trained here."""
-        fix = "use tokenizer=bpe or tokenizer=unigram to train one"
+        fix = "use tokenizer=bpe, unigram or wordpiece to train one"
         raise ConfigError("tokenizer=hf_json cannot be trained", where="tokenizer", fix=fix)
 
     def key(self) -> dict[str, Any]:
@@ -72,19 +87,26 @@ class HFTokenizer:
         self.bos_id: int | None = ids.get("bos_token")
         self.unk_id: int | None = ids.get("unk_token")
         self.pad_id: int = ids.get("pad_token", self.eos_id)
+        self._roles = vocabularies.find_roles(vocabulary, self._names.get("mask_token"))
+        self._silent = self._spell_out_symbols()
         decided_by = f"{content}{self.bos_id}:{self.eos_id}:{self.pad_id}"
         self.fingerprint = hashlib.sha256(decided_by.encode()).hexdigest()
 
     @classmethod
     def load(cls, path: Path) -> HFTokenizer:
-        """From ``tokenizer.json`` or its folder; special tokens from the files beside it."""
+        """From ``tokenizer.json``, ``vocab.txt`` or their folder; special tokens from the files beside it."""
         file = path / TOKENIZER_FILE if path.is_dir() else path
+        if not file.is_file() and (path / VOCAB_FILE).is_file():
+            file = path / VOCAB_FILE
+        settings = {**_json(file.with_name("special_tokens_map.json")), **_json(file.with_name(CONFIG_FILE))}
         try:
-            content = file.read_text(encoding="utf-8")
+            if file.name == VOCAB_FILE:
+                content = json.dumps(read_vocab_txt(file, settings), ensure_ascii=False, indent=1) + "\n"
+            else:
+                content = file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             what = f"the tokenizer cannot be read: {error}"
             raise ConfigError(what, where=str(file), fix="give a tokenizer.json or its folder") from error
-        settings = {**_json(file.with_name("special_tokens_map.json")), **_json(file.with_name(CONFIG_FILE))}
         beside = (file.with_name(name) for name in _SIDE_FILES)
         side_files = {side.name: side.read_bytes() for side in beside if side.is_file()}
         return cls(content, settings, side_files, str(file))
@@ -97,12 +119,65 @@ class HFTokenizer:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
             raise DataError("a text holds half of a surrogate pair, which is no character") from error
-        return [encoding.ids for encoding in encodings]
+        return [self._spelt_out(encoding.ids) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
-        silent = {self.bos_id, self.eos_id, self.pad_id}  # some files do not mark their special tokens as such
-        text: str = self._backend.decode([int(i) for i in ids if i not in silent], skip_special_tokens=True)
+        shown = [int(i) for i in ids if i not in self._silent and i != self.pad_id]
+        text: str = self._backend.decode(shown, skip_special_tokens=True)
         return text
+
+    def token_ids(self) -> TokenIds:
+        return self._token_ids
+
+    @cached_property
+    def _token_ids(self) -> TokenIds:
+        content = json.loads(self._content)
+        pieces = {index: piece for piece, index in self._backend.get_vocab(with_added_tokens=True).items()}
+        special = self._silent if self.unk_id is None else self._silent | {self.unk_id}
+        if vocabularies.has_bert_rules(content):
+            prefix = content["model"]["continuing_subword_prefix"]
+            special |= set(vocabularies.unreachable(pieces, prefix, self._backend))
+        begins_word = vocabularies.word_rule(content)
+        vocabularies.warn_if_unknown(begins_word)
+        return vocabularies.build_token_ids(
+            pieces,
+            begins_word,
+            special,
+            self._roles,
+            vocab_size=self.vocab_size,
+            bos_id=self.bos_id,
+            eos_id=self.eos_id,
+            pad_id=self.pad_id,
+        )
+
+    @property
+    def lossy(self) -> bool:
+        """Whether text changes by design: case, accents, characters or spaces."""
+        return vocabularies.is_lossy(json.loads(self._content))
+
+    def _spell_out_symbols(self) -> frozenset[int]:
+        """Ids of the special tokens; from here on the names of all of them are text when they stand in a text.
+
+        Some files do not mark theirs as such. The unknown token is not among them, because text does have it.
+        """
+        from tokenizers import AddedToken
+
+        added = self._backend.get_added_tokens_decoder()
+        marked = [index for index, token in added.items() if token.special]
+        named_ids = (self.bos_id, self.eos_id, self.pad_id, *self._roles.ids)
+        silent = frozenset(index for index in (*marked, *named_ids) if index is not None and index != self.unk_id)
+        unmarked = [added[index].content for index in sorted(silent & added.keys() - set(marked))]
+        self._backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in unmarked])
+        return silent
+
+    def _spelt_out(self, ids: list[int]) -> list[int]:
+        """Without special ids, which some models make from their names, as Unigram does of any piece it has."""
+        if self._silent.isdisjoint(ids):
+            return ids
+        model, name_of = self._backend.model, self._backend.id_to_token
+        names = {i: str(name_of(i)) for i in self._silent.intersection(ids)}
+        spelt = {i: [piece.id for letter in name for piece in model.tokenize(letter)] for i, name in names.items()}
+        return [part for i in ids for part in spelt.get(i, (i,))]
 
     def save(self, folder: Path) -> None:
         """``tokenizer.json`` as it was read, and a configuration under which ``transformers`` takes it as it is."""
@@ -148,7 +223,5 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _token(role: str, settings: dict[str, Any], vocabulary: dict[str, int]) -> str | None:
     """The token the settings name, else one that goes by a usual name."""
-    named = settings.get(role)
-    name = named.get("content") if isinstance(named, dict) else named
-    candidates = (name, *_KNOWN_NAMES[role]) if isinstance(name, str) else _KNOWN_NAMES[role]
-    return next((candidate for candidate in candidates if candidate in vocabulary), None)
+    given = [named(settings, key) for key in (role, _STAND_IN.get(role, role))]
+    return next((name for name in (*given, *_KNOWN_NAMES[role]) if name in vocabulary), None)

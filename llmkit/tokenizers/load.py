@@ -7,19 +7,21 @@ from pathlib import Path
 
 from llmkit.errors import DataError
 from llmkit.interfaces import Tokenizer
+from llmkit.tokenizers.bert_files import VOCAB_FILE
 from llmkit.tokenizers.hf_files import CONFIG_FILE, FORMAT_KEY, TOKENIZER_FILE
 from llmkit.tokenizers.hf_json import HFTokenizer
 from llmkit.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """From ``tokenizer.model`` where llmkit trained it or nothing else is there, else from ``tokenizer.json``."""
-    has_model, has_json = (folder / MODEL_FILE).is_file(), (folder / TOKENIZER_FILE).is_file()
+    """From ``tokenizer.model`` where llmkit trained it or nothing else is there, else from the files of others."""
+    has_model = (folder / MODEL_FILE).is_file()
+    has_json = any((folder / name).is_file() for name in (TOKENIZER_FILE, VOCAB_FILE))
     if has_model and (_says_sentencepiece(folder) or not has_json):
         return SentencePieceTokenizer.load(folder)
     if has_json:
         return HFTokenizer.load(folder)
-    fix = f"the folder must hold {MODEL_FILE} or {TOKENIZER_FILE}"
+    fix = f"the folder must hold {MODEL_FILE}, {TOKENIZER_FILE} or BERT's {VOCAB_FILE}"
     raise DataError("there is no tokenizer in the folder", where=str(folder), fix=fix)
 
 

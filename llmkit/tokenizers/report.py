@@ -12,7 +12,8 @@ def tokenizer_report(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, fl
 
     ``bytes_per_token``: UTF-8 bytes per token. ``tokens_per_word``: the fertility, over words between whitespace.
     ``unknown_fraction``: share of tokens that stand for text the vocabulary has not. ``round_trip_failures``: documents
-    that ``decode(encode(text))`` does not give back. Without any text all are 0.
+    that ``decode(encode(text))`` does not give back, to the last character. ``lossy``: 1 for a tokenizer that changes
+    text by design (lower case, accents, spaces); its failures are to be expected. Without any text all others are 0.
     """
     unknown = getattr(tokenizer, "unk_id", None)
     n_bytes = n_tokens = n_words = n_unknown = failures = n_documents = 0
@@ -29,5 +30,6 @@ def tokenizer_report(tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, fl
         "tokens_per_word": n_tokens / max(n_words, 1),
         "unknown_fraction": n_unknown / max(n_tokens, 1),
         "round_trip_failures": failures,
+        "lossy": int(getattr(tokenizer, "lossy", False)),
         "n_documents": n_documents,
     }

@@ -12,12 +12,15 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from llmkit.errors import ConfigError, DataError
+from llmkit.interfaces import TokenIds
 from llmkit.settings import Range
+from llmkit.tokenizers import vocabulary
 from llmkit.tokenizers.hf_files import ModelProto, with_coarse_scores, write_hf_files
 
 if TYPE_CHECKING:
@@ -46,18 +49,28 @@ class SentencePieceSpec:
     character_coverage: Annotated[float, Range(0.9, 1)]
     split_digits: bool
     extra_symbols: list[str]
+    n_sentinels: Annotated[int, Range(0, 1000)]
     max_train_bytes: Annotated[int, Range(1024)]
 
     def problems(self) -> list[tuple[str, str]]:
         """Extra symbols that cannot be one."""
+        symbols = [*self.sentinels, *self.extra_symbols]
         found = [
             ("extra_symbols", f"{symbol!r} is empty, reserved or given twice")
-            for place, symbol in enumerate(self.extra_symbols)
-            if not symbol or symbol in CONTROL_SYMBOLS or symbol in self.extra_symbols[:place]
+            for place, symbol in enumerate(symbols)
+            if not symbol or symbol in CONTROL_SYMBOLS or symbol in symbols[:place]
         ]
-        if self.vocab_size < _MIN_VOCAB_SIZE + len(self.extra_symbols):
+        if self.vocab_size < _MIN_VOCAB_SIZE + len(symbols):
             found.append(("extra_symbols", "the symbols leave no room for characters: raise vocab_size"))
         return found
+
+    @property
+    def sentinels(self) -> list[str]:
+        """The symbols that stand for spans taken out of a text (T5)."""
+        return [f"<extra_id_{number}>" for number in range(self.n_sentinels)]
+
+    def symbols(self) -> list[str] | None:
+        return [*self.extra_symbols, *self.sentinels] if self.path is None else None
 
     def open(self) -> SentencePieceTokenizer | None:
         """The model at ``path`` (the file, or a folder that holds ``tokenizer.model``)."""
@@ -86,7 +99,7 @@ class SentencePieceSpec:
                 vocab_size=self.vocab_size,
                 character_coverage=self.character_coverage,
                 split_digits=self.split_digits,
-                control_symbols=self.extra_symbols,
+                control_symbols=[*self.extra_symbols, *self.sentinels],
                 required_chars=self._symbol_characters(),
                 byte_fallback=True,
                 normalization_rule_name="identity",
@@ -110,7 +123,7 @@ class SentencePieceSpec:
 
     def _symbol_characters(self) -> str:
         """Characters Unigram must know so that a symbol's name in a text is spelled out, by ``tokenizer.json`` too."""
-        symbols = (*CONTROL_SYMBOLS, *self.extra_symbols, "<0x0123456789ABCDEF>")
+        symbols = (*CONTROL_SYMBOLS, *self.extra_symbols, *self.sentinels, "<0x0123456789ABCDEF>")
         return "".join(sorted(set("".join(symbols)))) if self.kind == "unigram" else ""
 
     def _training_error(self, message: str) -> ConfigError | DataError:
@@ -182,6 +195,30 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode([int(i) for i in ids])
         return text
+
+    def token_ids(self) -> TokenIds:
+        return self._token_ids
+
+    @cached_property
+    def _token_ids(self) -> TokenIds:
+        pieces = {index: piece for index, (piece, _, _) in enumerate(self._proto.pieces)}
+        begins_word = vocabulary.unknown if self._proto.space_after else vocabulary.after_space()
+        vocabulary.warn_if_unknown(begins_word)
+        return vocabulary.build_token_ids(
+            pieces,
+            begins_word,
+            self._proto.silent_ids,
+            vocabulary.find_roles({piece: index for index, piece in pieces.items()}),
+            vocab_size=self.vocab_size,
+            bos_id=self.bos_id,
+            eos_id=self.eos_id,
+            pad_id=self.pad_id,
+        )
+
+    @property
+    def lossy(self) -> bool:
+        """Whether text changes by design, as it does in models that normalise it."""
+        return self._proto.lossy
 
     def save(self, folder: Path) -> None:
         """``tokenizer.model``, and what ``transformers`` reads."""

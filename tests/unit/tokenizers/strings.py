@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from llmkit.data.readers.base import Document, chunks_of, read_chunk
+from llmkit.tokenizers.hf_json import HFTokenizer
 from llmkit.tokenizers.sentencepiece import SentencePieceSpec, SentencePieceTokenizer
+from llmkit.tokenizers.wordpiece import WordPieceSpec
 from tests.unit.data.readers_support import SETTINGS
 
 ODD = [
@@ -66,6 +68,7 @@ def spec(kind: Literal["bpe", "unigram"], vocab_size: int = 1024, **changes: Any
         "character_coverage": 0.9999,
         "split_digits": True,
         "extra_symbols": ["<|user|>"],
+        "n_sentinels": 0,
         "max_train_bytes": 1 << 20,
     }
     return SentencePieceSpec(kind=kind, vocab_size=vocab_size, **{**settings, **changes})
@@ -75,3 +78,43 @@ def spec(kind: Literal["bpe", "unigram"], vocab_size: int = 1024, **changes: Any
 def trained(kind: Literal["bpe", "unigram"]) -> SentencePieceTokenizer:
     with tempfile.TemporaryDirectory() as folder:
         return spec(kind).train(documents(), Path(folder))
+
+
+BERT_ODD = [
+    *("[MASK]", "[CLS] a [SEP]", "[UNK]", "[PAD][MASK]", "[unused5]", "##ing", "a##b", "# #", "[mask]", "[ MASK ]"),
+    *("É", "naïve café", "ÅNGSTRÖM", "a\u0301\u0302\u0303", "\u0301", "İstanbul", "ΣΑΣ", "ẞ", "한국어 한", "が", "ｶﾞ"),
+    *("a\u0000b", "a\u200bb", "a\u00adb", "a\x07b", "\u202eabc", "a\ufffdb", "\ue000", "a\u2028b", "a\u3000b"),
+    *("漢字abc漢字", "abc漢", "㐀𠀀豈", "。、「」", "don't", "U.S.A.", "a-b_c", "¿qué?", "…", "$5.00", "x²", "½"),
+    *("y" * 100, "y" * 101, "z" * 5000, "é" * 101, "漢" * 300, "😀" * 120, "a." * 200, "<extra_id_0>", "<extra_id_9>"),
+]
+ADVERSARIAL = "[MASK] </s> <extra_id_0>[SEP]<mask><s><pad> [PAD]<|fim_prefix|>a<fim_middle>[CLS]<extra_id_99> <unk>"
+
+
+def wordpiece_spec(vocab_size: int = 1024, **changes: Any) -> WordPieceSpec:
+    settings: dict[str, Any] = {
+        "path": None,
+        "lowercase": True,
+        "strip_accents": None,
+        "character_coverage": 0.9999,
+        "min_frequency": 2,
+        "extra_symbols": ["<extra_id_0>"],
+        "max_train_bytes": 1 << 20,
+    }
+    return WordPieceSpec(vocab_size=vocab_size, **{**settings, **changes})
+
+
+@cache
+def trained_wordpiece(lowercase: bool = True) -> HFTokenizer:
+    with tempfile.TemporaryDirectory() as folder:
+        return wordpiece_spec(lowercase=lowercase).train(documents(), Path(folder))
+
+
+@cache
+def trained_byte_level() -> HFTokenizer:
+    """Byte-level BPE as GPT-2 and RoBERTa have it."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    backend = ByteLevelBPETokenizer()
+    symbols = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<extra_id_1>", "<extra_id_0>"]
+    backend.train_from_iterator(documents()[:40], vocab_size=1024, show_progress=False, special_tokens=symbols)
+    return HFTokenizer(backend.to_str(), {}, {}, "byte level")

@@ -69,6 +69,7 @@ def test_report_by_hand() -> None:
         "tokens_per_word": 11 / 6,
         "unknown_fraction": 1 / 11,
         "round_trip_failures": 1,
+        "lossy": 0,
         "n_documents": 3,
     }
 

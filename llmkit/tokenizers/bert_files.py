@@ -1,0 +1,96 @@
+"""BERT's vocabulary as a ``tokenizer.json``: from WordPiece training, and from the ``vocab.txt`` of older folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmkit.errors import DataError
+
+VOCAB_FILE = "vocab.txt"  # one piece a line; the line number is the id
+SPECIAL_SYMBOLS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+PREFIX = "##"  # of a piece that goes on with a word
+MAX_WORD_CHARACTERS = 100  # a longer word is unknown as a whole
+_ROLES = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL_SYMBOLS, strict=True))
+_CLASSES = ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MobileBertTokenizer")
+
+
+def bert_settings(*, lowercase: bool, strip_accents: bool | None) -> dict[str, Any]:
+    """What BERT's ``tokenizer_config.json`` says; ``strip_accents`` None means "as ``lowercase``"."""
+    return {
+        **_ROLES,
+        "do_lower_case": lowercase,
+        "strip_accents": strip_accents,
+        "tokenize_chinese_chars": True,
+        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+    }
+
+
+def bert_json(
+    vocabulary: Mapping[str, int], settings: Mapping[str, Any], extra_symbols: Iterable[str] = ()
+) -> dict[str, Any]:
+    """The content of ``tokenizer.json``; ``settings`` as in ``bert_settings``, each with BERT's own default.
+
+    Its users get ``[CLS] text [SEP]`` and ``[CLS] text [SEP] text [SEP]`` with segments 0 and 1.
+    """
+    names = {role: named(settings, role) or usual for role, usual in _ROLES.items()}
+    symbols = sorted({*names.values(), *extra_symbols} & vocabulary.keys(), key=vocabulary.__getitem__)
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": vocabulary[symbol], "content": symbol, **flags} for symbol in symbols],
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": settings.get("tokenize_chinese_chars", True),
+            "strip_accents": settings.get("strip_accents"),
+            "lowercase": settings.get("do_lower_case", True),
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": _template(names["cls_token"], names["sep_token"], vocabulary),
+        "decoder": {"type": "WordPiece", "prefix": PREFIX, "cleanup": True},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": names["unk_token"],
+            "continuing_subword_prefix": PREFIX,
+            "max_input_chars_per_word": MAX_WORD_CHARACTERS,
+            "vocab": dict(vocabulary),
+        },
+    }
+
+
+def _template(cls: str, sep: str, vocabulary: Mapping[str, int]) -> dict[str, Any]:
+    def special(name: str, segment: int) -> dict[str, Any]:
+        return {"SpecialToken": {"id": name, "type_id": segment}}
+
+    first = [special(cls, 0), {"Sequence": {"id": "A", "type_id": 0}}, special(sep, 0)]
+    return {
+        "type": "TemplateProcessing",
+        "single": first,
+        "pair": [*first, {"Sequence": {"id": "B", "type_id": 1}}, special(sep, 1)],
+        "special_tokens": {name: {"id": name, "ids": [vocabulary[name]], "tokens": [name]} for name in (cls, sep)},
+    }
+
+
+def read_vocab_txt(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``tokenizer.json`` that a BERT folder without one would have. Raises ``DataError`` for other kinds of it."""
+    with file.open(encoding="utf-8") as lines:
+        vocabulary = {line.rstrip("\n"): index for index, line in enumerate(lines)}
+    needed = [named(settings, role) or usual for role, usual in _ROLES.items() if role != "mask_token"]
+    absent = [name for name in needed if name not in vocabulary]
+    kind = str(settings.get("tokenizer_class") or _CLASSES[0]).removesuffix("Fast")
+    if absent or kind not in _CLASSES or settings.get("do_basic_tokenize") is False:
+        reason = f"{absent[0]} is not in it" if absent else f"tokenizer_config.json asks for other rules ({kind})"
+        fix = "let transformers write a tokenizer.json: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        raise DataError(f"this vocab.txt is not BERT's: {reason}", where=str(file), fix=fix)
+    return bert_json(vocabulary, settings)
+
+
+def named(settings: Mapping[str, Any], role: str) -> str | None:
+    """The token that a ``tokenizer_config.json`` gives a role such as ``mask_token``."""
+    value = settings.get(role)
+    name = value.get("content") if isinstance(value, Mapping) else value
+    return name if isinstance(name, str) else None

@@ -41,19 +41,30 @@ def attention_mask(document_ids_BT: Tensor | None, *, flex: bool) -> AttentionMa
     return block_mask(document_ids_BT) if flex else dense_mask(document_ids_BT, document_ids_BT)
 
 
-def attend(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask: AttentionMask, dropout: float = 0.0) -> Tensor:
+def attend(
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    mask: AttentionMask,
+    dropout: float = 0.0,
+    *,
+    causal: bool = True,
+    scale: float | None = None,
+) -> Tensor:
     """Scaled dot-product attention; query head h reads key/value head h // (H / G). Returns BHTK.
 
-    A boolean mask or None runs on SDPA, a ``BlockMask`` on flex_attention. Without a mask fewer queries than keys means
-    one new token after a cache, which sees everything.
+    A boolean mask (true where seen), a float mask (added to the scores) or None runs on SDPA, a ``BlockMask`` on
+    flex_attention. Without a mask and with ``causal``, fewer queries than keys means one new token after a cache, which
+    sees everything. ``scale`` multiplies the products; None is 1 / sqrt(K).
     """
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
     if isinstance(mask, BlockMask):
-        result: Tensor = _flex_kernel(q_BHTK.is_cuda)(q_BHTK, k_BGSK, v_BGSK, block_mask=mask, enable_gqa=grouped)
+        kernel = _flex_kernel(q_BHTK.is_cuda)
+        result: Tensor = kernel(q_BHTK, k_BGSK, v_BGSK, block_mask=mask, enable_gqa=grouped, scale=scale)
         return result
-    causal = mask is None and q_BHTK.shape[2] == k_BGSK.shape[2]
+    is_causal = causal and mask is None and q_BHTK.shape[2] == k_BGSK.shape[2]
     return F.scaled_dot_product_attention(
-        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped, scale=scale
     )
 
 

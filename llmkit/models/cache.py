@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 
-def dense_mask(query_document_ids_BT: Tensor, key_document_ids_BS: Tensor) -> Tensor:
-    """B1TS: true where a query sees a key. The queries are the last T of the S tokens."""
-    T, S = query_document_ids_BT.shape[1], key_document_ids_BS.shape[1]
-    causal_TS = torch.ones(T, S, dtype=torch.bool, device=query_document_ids_BT.device).tril(S - T)
+def dense_mask(query_document_ids_BT: Tensor, key_document_ids_BS: Tensor, *, causal: bool = True) -> Tensor:
+    """B1TS: true where a query sees a key of its document. Causal: the queries are the last T of the S tokens."""
     same_BTS = query_document_ids_BT[:, :, None] == key_document_ids_BS[:, None, :]
-    return (same_BTS & causal_TS)[:, None]
+    if causal:
+        T, S = query_document_ids_BT.shape[1], key_document_ids_BS.shape[1]
+        same_BTS &= torch.ones(T, S, dtype=torch.bool, device=same_BTS.device).tril(S - T)
+    return same_BTS[:, None]
 
 
 class LayerCache:

@@ -6,7 +6,7 @@ Free of torch, so that a configuration is checked before torch is imported. Lett
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmkit.errors import ConfigError
 
@@ -22,6 +22,8 @@ GATED_WIDTH_MULTIPLE = 64  # the default width of a gated feed-forward is rounde
 @dataclass(frozen=True)
 class DecoderConfig:
     """GPT-2 style and Llama style in one pre-norm decoder. Null fields are derived (properties below)."""
+
+    kind: ClassVar[str] = "decoder"
 
     vocab_size: int | None
     max_seq_len: int
@@ -69,30 +71,16 @@ class DecoderConfig:
             return self.d_ff
         if not self.gated:
             return 4 * self.d_model
-        return _round_up(-(-8 * self.d_model // 3), GATED_WIDTH_MULTIPLE)
+        return round_up(-(-8 * self.d_model // 3), GATED_WIDTH_MULTIPLE)
 
     @property
     def vocab_rows(self) -> int:
         """V; raises ``ConfigError`` while the tokenizer is not known."""
-        if self.vocab_size is None:
-            raise ConfigError(
-                "the vocabulary size is not known yet",
-                where="model.vocab_size",
-                fix="set it, or train a tokenizer first",
-            )
-        return self.vocab_size
+        return known_vocab(self.vocab_size)
 
     def with_vocab(self, tokenizer_vocab_size: int) -> DecoderConfig:
         """The same model with room for every id of the tokenizer; a size set by hand is kept if it is large enough."""
-        if self.vocab_size is None:
-            return replace(self, vocab_size=_round_up(tokenizer_vocab_size, VOCAB_MULTIPLE))
-        if self.vocab_size < tokenizer_vocab_size:
-            raise ConfigError(
-                f"the tokenizer has {tokenizer_vocab_size} ids, the model only {self.vocab_size} embedding rows",
-                where="model.vocab_size",
-                fix=f"set it to null or to at least {tokenizer_vocab_size}",
-            )
-        return self
+        return replace(self, vocab_size=vocab_for(self.vocab_size, tokenizer_vocab_size))
 
     # -- counts -------------------------------------------------------------------------------------------------
 
@@ -110,18 +98,26 @@ class DecoderConfig:
         """Parameters that multiply every token: all matrices of the blocks and the head, tied or not. No look-ups."""
         return self.n_layers * self._block_matrices() + self.vocab_rows * self.d_model
 
-    def flops_per_token(self, seq_len: int) -> int:
+    def flops_per_token(self, seq_len: int, target_len: int = 0) -> int:
         """FLOPs of one training token, forward and backward: ``6 N + 12 L H K T``.
 
         N is ``matmul_params()``; the second term is the two attention products over the full T x T square (a causal
         kernel may skip half of it). Kaplan et al. 2020, section 2.1, and Chowdhery et al. 2022 (PaLM), appendix B.
         Not counted: look-ups, norms, activations, softmax, and what activation checkpointing computes twice.
+        ``target_len`` belongs to encoder-decoders.
         """
         attention = 12 * self.n_layers * self.n_heads * self.head_width * seq_len
         return 6 * self.matmul_params() + attention
 
     def activation_bytes(
-        self, batch_size: int, seq_len: int, *, value_bytes: int, checkpointing: bool, logit_rows: int
+        self,
+        batch_size: int,
+        seq_len: int,
+        *,
+        value_bytes: int,
+        checkpointing: bool,
+        logit_rows: int,
+        target_len: int | None = None,
     ) -> int:
         """Estimated peak of what the backward pass needs, for the plan of a run (parameters not included).
 
@@ -217,5 +213,29 @@ class DecoderConfig:
         return found
 
 
-def _round_up(value: int, multiple: int) -> int:
+def known_vocab(vocab_size: int | None) -> int:
+    """Embedding rows. Raises ``ConfigError`` while the tokenizer is not known."""
+    if vocab_size is None:
+        raise ConfigError(
+            "the vocabulary size is not known yet",
+            where="model.vocab_size",
+            fix="set it, or train a tokenizer first",
+        )
+    return vocab_size
+
+
+def vocab_for(vocab_size: int | None, tokenizer_vocab_size: int) -> int:
+    """Embedding rows for a tokenizer: its size rounded up, or the size set by hand where it is large enough."""
+    if vocab_size is None:
+        return round_up(tokenizer_vocab_size, VOCAB_MULTIPLE)
+    if vocab_size < tokenizer_vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {tokenizer_vocab_size} ids, the model only {vocab_size} embedding rows",
+            where="model.vocab_size",
+            fix=f"set it to null or to at least {tokenizer_vocab_size}",
+        )
+    return vocab_size
+
+
+def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple

@@ -62,6 +62,14 @@ class Decoder(nn.Module):
         """The matrix that turns hidden states into logits: the embedding itself when tied."""
         return self.embedding.weight if self.head is None else self.head.weight
 
+    @property
+    def output_bias_V(self) -> None:
+        """A decoder's logits have none."""
+
+    def output_states(self, hidden_PD: Tensor) -> Tensor:
+        """The hidden states themselves: nothing stands between them and the output matrix."""
+        return hidden_PD
+
     def hidden_states(self, batch: Batch) -> Tensor:
         """BTD after the final norm, in the compute type."""
         return self._hidden(batch.input_ids, batch.position_ids, batch.document_ids, None)

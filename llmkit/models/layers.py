@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llmkit.models.config import DecoderConfig
+
+class NormSizes(Protocol):
+    """What ``build_norm`` asks of a configuration."""
+
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def norm(self) -> str: ...
+    @property
+    def norm_bias(self) -> bool: ...
+    @property
+    def norm_eps(self) -> float: ...
+
+
+class FeedForwardSizes(Protocol):
+    """What ``FeedForward`` asks of a configuration."""
+
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def ff_width(self) -> int: ...
+    @property
+    def mlp_bias(self) -> bool: ...
+    @property
+    def activation(self) -> str: ...
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -30,37 +57,40 @@ class Embedding(nn.Embedding):
 
 
 class LayerNorm(nn.Module):
-    """Layer normalisation with fp32 statistics (Ba et al. 2016); the result has the compute type, cast once for all."""
+    """Layer normalisation with fp32 statistics (Ba et al. 2016); the result has the compute type, cast once for all.
 
-    def __init__(self, width: int, eps: float, *, bias: bool) -> None:
+    With ``keep_type`` it has the type of the input: where it goes on as the residual stream (post-norm).
+    """
+
+    def __init__(self, width: int, eps: float, *, bias: bool, keep_type: bool = False) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.keep_type = eps, keep_type
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.float()
         y = F.layer_norm(x.float(), self.weight.shape, self.weight.float(), bias, self.eps)
-        return y.to(compute_dtype(x))
+        return y.to(x.dtype if self.keep_type else compute_dtype(x))
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with fp32 statistics (Zhang and Sennrich 2019)."""
+    """Root-mean-square normalisation with fp32 statistics (Zhang and Sennrich 2019); types as in ``LayerNorm``."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int, eps: float, *, keep_type: bool = False) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.keep_type = eps, keep_type
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-        return y.to(compute_dtype(x))
+        return y.to(x.dtype if self.keep_type else compute_dtype(x))
 
 
-def build_norm(config: DecoderConfig) -> LayerNorm | RMSNorm:
+def build_norm(config: NormSizes, *, keep_type: bool = False) -> LayerNorm | RMSNorm:
     if config.norm == "rmsnorm":
-        return RMSNorm(config.d_model, config.norm_eps)
-    return LayerNorm(config.d_model, config.norm_eps, bias=config.norm_bias)
+        return RMSNorm(config.d_model, config.norm_eps, keep_type=keep_type)
+    return LayerNorm(config.d_model, config.norm_eps, bias=config.norm_bias, keep_type=keep_type)
 
 
 Rotation = tuple[Tensor, Tensor]  # cosine and sine, BT1K with K/2 values: both halves of a head share the angles
@@ -85,23 +115,34 @@ def rotate(x_BTHK: Tensor, by: Rotation) -> Tensor:
     return turned.to(x_BTHK.dtype)
 
 
-class FeedForward(nn.Module):
-    """The position-wise layer: two matrices (GELU), or three with a gate (Shazeer 2020: SwiGLU, GEGLU)."""
+def gelu_tanh(x: Tensor) -> Tensor:
+    """The approximation of GELU in GPT-2 and T5 v1.1 (Hendrycks and Gimpel 2016)."""
+    return F.gelu(x, approximate="tanh")
 
-    def __init__(self, config: DecoderConfig) -> None:
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    **{"relu": F.relu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "silu": F.silu},
+    **{"reglu": F.relu, "geglu": F.gelu, "geglu_tanh": gelu_tanh, "swiglu": F.silu},
+}
+GATED = ("reglu", "geglu", "geglu_tanh", "swiglu")
+
+
+class FeedForward(nn.Module):
+    """The position-wise layer: two matrices, or three with a gate (Shazeer 2020: SwiGLU, GEGLU)."""
+
+    def __init__(self, config: FeedForwardSizes) -> None:
         super().__init__()
         D, F_, bias = config.d_model, config.ff_width, config.mlp_bias
-        self.activation = config.activation
-        self.gate = Linear(D, F_, bias=bias) if config.gated else None
+        self.activation = ACTIVATIONS[config.activation]
+        self.gate = Linear(D, F_, bias=bias) if config.activation in GATED else None
         self.up = Linear(D, F_, bias=bias)
         self.down = Linear(F_, D, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         hidden_BTF = self.up(x_BTD)
         if self.gate is None:
-            hidden_BTF = F.gelu(hidden_BTF, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+            hidden_BTF = self.activation(hidden_BTF)
         else:
-            gate_BTF = self.gate(x_BTD)
-            hidden_BTF = hidden_BTF * (F.silu(gate_BTF) if self.activation == "swiglu" else F.gelu(gate_BTF))
+            hidden_BTF = hidden_BTF * self.activation(self.gate(x_BTD))
         out_BTD: Tensor = self.down(hidden_BTF)
         return out_BTD

@@ -2,46 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from llmkit.errors import CheckpointError
-from llmkit.models.config import DecoderConfig
+from llmkit.interfaces import ModelConfig
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of a file: our tensors stacked along their first axis, then transposed where the file stores it so."""
+    """One tensor of a file: our tensors stacked along their first axis, then transposed where the file stores it so.
+
+    ``before`` rows of no use stand before ours, zeros where we write them. ``lifted``: the file has an axis of length 1
+    in front.
+    """
 
     name: str
     parts: tuple[str, ...]
     transposed: bool = False
+    before: int = 0
+    lifted: bool = False
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Equal blocks. ``n_blocks`` is the config's field with their number; ``{}`` in a row stands for the block's."""
+
+    n_blocks: str
+    rows: tuple[Row, ...]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family's table. ``layer_rows`` names the tensors of one block, ``{}`` standing for its number."""
+    """A family's table. ``fits``, ``write`` and ``read`` deal in objects of the class ``config``."""
 
     model_types: tuple[str, ...]  # read as this family; the first one is written
     architecture: str | None  # class name in transformers
-    fits: Callable[[DecoderConfig], bool]
-    write: Callable[[DecoderConfig], dict[str, Any]]
-    read: Callable[[Keys], DecoderConfig]
-    outer_rows: tuple[Row, ...]
-    layer_rows: tuple[Row, ...]
+    config: type
+    fits: Callable[[Any], bool]
+    write: Callable[[Any], dict[str, Any]]
+    read: Callable[[Keys], ModelConfig]
+    outer_rows: tuple[Row, ...] = ()
+    stacks: tuple[Stack, ...] = ()
     prefix: str = ""  # of the backbone; older files leave it out
+    unprefixed: tuple[str, ...] = ("lm_head.",)  # beginnings of the tensors outside of the backbone
     ignored: tuple[str, ...] = ()  # endings of tensors that are constants, not weights
     zero_biases: bool = False  # the architecture always has biases: a model without them writes zeros
+    own_names: bool = False  # every parameter under its own name; then there are no rows here
+    copies: Mapping[str, str] = field(default_factory=dict)  # tensors that some files repeat -> the row they equal
+    old_endings: Mapping[str, str] = field(default_factory=dict)  # of tensors in the first files -> what they are now
+    for_padding: Callable[[int | None], Family] | None = None  # the same family for a pad id, where that changes it
 
-    def rows(self, config: DecoderConfig, present: set[str]) -> list[Row]:
+    def rows(self, config: ModelConfig, present: Sequence[str]) -> list[Row]:
         """The tensors of a checkpoint of ``config``, whose own parameters are named ``present``."""
+        if self.own_names:
+            return [Row(name, (name,)) for name in present]
         rows = [row for row in self.outer_rows if row.parts[0] in present or self._kept(row)]
-        for layer in range(config.n_layers):
-            for row in self.layer_rows:
-                parts = tuple(part.format(layer) for part in row.parts)
-                if parts[0] in present or self._kept(row):
-                    rows.append(Row(row.name.format(layer), parts, row.transposed))
+        for stack in self.stacks:
+            for block in range(getattr(config, stack.n_blocks)):
+                for row in stack.rows:
+                    parts = tuple(part.format(block) for part in row.parts)
+                    if parts[0] in present or self._kept(row):
+                        rows.append(Row(row.name.format(block), parts, row.transposed))
         return rows
 
     def _kept(self, row: Row) -> bool:

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from llmkit.models.config import DecoderConfig
-from llmkit.models.hf.family import Family, Keys, Row
+from llmkit.models.hf.family import Family, Keys, Row, Stack
 
 log = logging.getLogger("llmkit.models")
 
@@ -82,9 +82,19 @@ def _layer(theirs: str, *ours: str, transposed: bool = False) -> tuple[Row, Row]
     return weight, Row(f"{name}.bias", tuple(f"{part}.bias" for part in parts))
 
 
+LAYER_ROWS = (
+    *_layer("ln_1", "attention_norm"),
+    *_layer("attn.c_attn", "attention.q", "attention.k", "attention.v", transposed=True),
+    *_layer("attn.c_proj", "attention.o", transposed=True),
+    *_layer("ln_2", "mlp_norm"),
+    *_layer("mlp.c_fc", "mlp.up", transposed=True),
+    *_layer("mlp.c_proj", "mlp.down", transposed=True),
+)
+
 FAMILY = Family(
     model_types=("gpt2",),
     architecture="GPT2LMHeadModel",
+    config=DecoderConfig,
     fits=fits,
     write=write,
     read=read,
@@ -95,14 +105,8 @@ FAMILY = Family(
         Row("transformer.ln_f.bias", ("norm.bias",)),
         Row("lm_head.weight", ("head.weight",)),
     ),
-    layer_rows=(
-        *_layer("ln_1", "attention_norm"),
-        *_layer("attn.c_attn", "attention.q", "attention.k", "attention.v", transposed=True),
-        *_layer("attn.c_proj", "attention.o", transposed=True),
-        *_layer("ln_2", "mlp_norm"),
-        *_layer("mlp.c_fc", "mlp.up", transposed=True),
-        *_layer("mlp.c_proj", "mlp.down", transposed=True),
-    ),
+    stacks=(Stack("n_layers", LAYER_ROWS),),
+    copies={"lm_head.weight": "transformer.wte.weight"},
     prefix="transformer.",
     ignored=(".attn.bias", ".attn.masked_bias"),  # the causal mask, stored by old versions
     zero_biases=True,

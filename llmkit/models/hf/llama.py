@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from llmkit.models.config import DecoderConfig
-from llmkit.models.hf.family import Family, Keys, stacked_rows
+from llmkit.models.hf.family import Family, Keys, Stack, stacked_rows
 
 ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
 
 OUTER_ROWS = stacked_rows((("model.embed_tokens", "embedding"), ("model.norm", "norm"), ("lm_head", "head")))
+COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 NORM_ROWS = stacked_rows(
     (
         ("model.layers.{}.input_layernorm", "blocks.{}.attention_norm"),
@@ -92,11 +93,13 @@ def read_llama_like(keys: Keys, *, qk_norm: bool, mlp_bias: bool) -> DecoderConf
 FAMILY = Family(
     model_types=("llama", "mistral"),
     architecture="LlamaForCausalLM",
+    config=DecoderConfig,
     fits=fits,
     write=write,
     read=read,
     outer_rows=OUTER_ROWS,
-    layer_rows=(*NORM_ROWS, *MATRIX_ROWS),
+    stacks=(Stack("n_layers", (*NORM_ROWS, *MATRIX_ROWS)),),
+    copies=COPIES,
     prefix="model.",
     ignored=(".rotary_emb.inv_freq",),
 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from llmkit.errors import CheckpointError
-from llmkit.models.config import DecoderConfig
+from llmkit.interfaces import ModelConfig
 from llmkit.models.hf import own
 from llmkit.models.hf.families import family_named
 from llmkit.models.hf.family import Family, Keys, Row
@@ -22,12 +22,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from llmkit.models.decoder import Decoder
-
 log = logging.getLogger("llmkit.models")
 
 
-def load_config(folder: Path) -> DecoderConfig:
+def load_config(folder: Path) -> ModelConfig:
     """The architecture in ``config.json``. Raises ``CheckpointError`` for what llmkit does not compute.
 
     The ``llmkit`` key wins, unless the family's own keys were changed since: then those do, with a warning.
@@ -35,7 +33,7 @@ def load_config(folder: Path) -> DecoderConfig:
     return _read_config(folder)[0]
 
 
-def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
+def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Any:
     """The model of a folder, its weights cast to ``dtype`` (fp32 when None). Tensors are copied in one by one.
 
     Raises ``CheckpointError`` naming file and tensor when one is missing, unknown, of another shape, or not finite.
@@ -47,24 +45,27 @@ def load_model(folder: Path, *, device: torch.device | str = "cpu", dtype: torch
         model = config.build()
     model = model.to(dtype or torch.float32).to_empty(device=device)
     state = dict(model.named_parameters())
-    rows = family.rows(config, set(state))
+    rows = family.rows(config, list(state))
     with ExitStack() as stack, torch.no_grad():
         tensors = _open_weights(folder, family, stack)
-        _check_names(tensors, rows, family, config, folder)
+        copies = _check_names(tensors, rows, family, folder)
         for row in rows:
             _fill(row, _read(tensors, row.name), state, f"{tensors[row.name][1]}:{row.name}")
-        if config.tie_embeddings and "lm_head.weight" in tensors:
-            _check_tied(_read(tensors, "lm_head.weight"), state["embedding.weight"], folder)
+        for copy, original in copies:
+            _check_equal(copy, original, tensors, folder)
     return model
 
 
 # -- config ---------------------------------------------------------------------------------------------------------
 
 
-def _read_config(folder: Path) -> tuple[DecoderConfig, Family]:
+def _read_config(folder: Path) -> tuple[ModelConfig, Family]:
     path = folder / "config.json"
     keys = Keys(_read_json(path), str(path))
     family = family_named(keys.raw.get("model_type"), f"{path}:model_type")
+    if family.for_padding:
+        pad_id = keys.raw.get("pad_token_id")
+        family = family.for_padding(None if pad_id is None else keys.integer("pad_token_id"))
     config = _reconcile(family.read(keys), family, keys)
     problems = config.problems()
     if problems:
@@ -72,11 +73,11 @@ def _read_config(folder: Path) -> tuple[DecoderConfig, Family]:
     return config, family
 
 
-def _reconcile(theirs: DecoderConfig, family: Family, keys: Keys) -> DecoderConfig:
+def _reconcile(theirs: ModelConfig, family: Family, keys: Keys) -> ModelConfig:
     """Our own key holds more than the family's keys can say; it is used as long as both agree."""
-    if own.KEY not in keys.raw or family is own.FAMILY:
+    if own.KEY not in keys.raw or family.own_names:
         return theirs
-    ours = own.read(keys)
+    ours: ModelConfig = own.read(keys, family.config)
     if family.fits(ours) and family.read(Keys(family.write(ours))) == theirs:
         return ours
     log.warning("%s: changed since llmkit wrote it; its %r key is left aside", keys.where, own.KEY)
@@ -111,10 +112,20 @@ def _open_weights(folder: Path, family: Family, stack: ExitStack) -> Tensors:
             raise CheckpointError(
                 f"{path.name} is not a readable safetensors file: {error}", where=str(path)
             ) from error
-        found |= {name: (file, path, name) for name in names}
+        found |= {_renamed(name, family): (file, path, name) for name in names}
     if any(name.startswith(family.prefix) for name in found):
         return found
-    return {name if name.startswith("lm_head.") else family.prefix + name: place for name, place in found.items()}
+    return {
+        name if name.startswith(family.unprefixed) else family.prefix + name: place for name, place in found.items()
+    }
+
+
+def _renamed(name: str, family: Family) -> str:
+    """A tensor's name with today's ending."""
+    for old, new in family.old_endings.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -145,16 +156,18 @@ def _shard_files(index: Path) -> Iterator[Path]:
         yield path
 
 
-def _check_names(tensors: Tensors, rows: list[Row], family: Family, config: DecoderConfig, folder: Path) -> None:
+def _check_names(tensors: Tensors, rows: list[Row], family: Family, folder: Path) -> list[tuple[str, str]]:
+    """The tensors that repeat others, as (copy, original). Raises for missing and for unknown ones."""
     expected = {row.name for row in rows}
     missing = sorted(expected - tensors.keys())
-    extra = sorted(name for name in tensors.keys() - expected if not name.endswith(family.ignored))
-    if config.tie_embeddings and "lm_head.weight" in extra:
-        extra.remove("lm_head.weight")
+    unknown = [name for name in tensors.keys() - expected if not name.endswith(family.ignored)]
+    copies = [(name, family.copies[name]) for name in unknown if name in family.copies]
+    extra = sorted(set(unknown) - family.copies.keys())
     for names, what in ((missing, "missing"), (extra, "not part of the model")):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise CheckpointError(f"tensor {names[0]}{more}: {what}", where=str(folder))
+    return copies
 
 
 def _read(tensors: Tensors, name: str) -> Tensor:
@@ -174,15 +187,17 @@ def _fill(row: Row, tensor: Tensor, state: Mapping[str, Tensor], where: str) -> 
     """Copy a tensor of the file into our parameters."""
     import torch
 
+    if row.lifted and tensor.shape[:1] == (1,):
+        tensor = tensor[0]
     if row.transposed:
         tensor = tensor.t()
     shapes = [_shape(part, state) for part in row.parts]
-    expected = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    expected = (row.before + sum(shape[0] for shape in shapes), *shapes[0][1:])
     if tuple(tensor.shape) != expected:
         needed = expected[::-1] if row.transposed else expected
         got = tuple(tensor.t().shape) if row.transposed else tuple(tensor.shape)
         raise CheckpointError(f"tensor {row.name} has the shape {got}, the config needs {needed}", where=where)
-    pieces: tuple[Tensor, ...] = torch.split(tensor, [shape[0] for shape in shapes])
+    pieces: tuple[Tensor, ...] = torch.split(tensor[row.before :], [shape[0] for shape in shapes])
     for part, piece in zip(row.parts, pieces, strict=True):
         if part in state:
             state[part].copy_(piece)
@@ -198,10 +213,12 @@ def _shape(part: str, state: Mapping[str, Tensor]) -> tuple[int, ...]:
     return (state[part.removesuffix("bias") + "weight"].shape[0],)
 
 
-def _check_tied(head_VD: Tensor, embedding_VD: Tensor, folder: Path) -> None:
-    if head_VD.shape != embedding_VD.shape or not bool((head_VD.to(embedding_VD) == embedding_VD).all()):
+def _check_equal(copy: str, original: str, tensors: Tensors, folder: Path) -> None:
+    import torch
+
+    if not torch.equal(_read(tensors, copy), _read(tensors, original)):
         raise CheckpointError(
-            "tensor lm_head.weight differs from the embedding, but the config ties them",
+            f"tensor {copy} differs from {original}, but the config ties them",
             where=str(folder),
             fix="set tie_word_embeddings to false in config.json",
         )

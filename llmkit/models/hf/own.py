@@ -1,6 +1,6 @@
 """Our own format, for combinations that no Hugging Face architecture computes, and the ``llmkit`` key of every config.
 
-The key holds all fields of ``DecoderConfig``, so that every model is rebuilt exactly, whatever its family can express.
+The key holds all fields of the config class, so that every model is rebuilt exactly, whatever its family can express.
 """
 
 from __future__ import annotations
@@ -8,37 +8,33 @@ from __future__ import annotations
 from dataclasses import asdict, fields
 from typing import Any, get_args, get_type_hints
 
-from llmkit.models.config import DecoderConfig
-from llmkit.models.hf.family import Family, Keys, stacked_rows
+from llmkit.models.hf.family import Family, Keys
 
 KEY = "llmkit"
-PARTS = (
-    *(f"attention.{x}" for x in ("q", "k", "v", "o", "q_norm", "k_norm")),
-    *(f"mlp.{x}" for x in ("gate", "up", "down")),
-    "attention_norm",
-    "mlp_norm",
-)
 
 
-def as_key(config: DecoderConfig) -> dict[str, Any]:
+def as_key(config: Any) -> dict[str, Any]:
     return asdict(config)
 
 
-def read(keys: Keys) -> DecoderConfig:
-    """From the ``llmkit`` key: every field once, each of its type. Raises ``CheckpointError``."""
+def read(keys: Keys, kind: type) -> Any:
+    """A config of the class ``kind`` from the ``llmkit`` key: every field once, each of its type.
+
+    Raises ``CheckpointError``.
+    """
     raw = keys.raw.get(KEY)
     if not isinstance(raw, dict):
         raise keys.error(KEY, "must be an object")
-    expected = {field.name for field in fields(DecoderConfig)}
+    expected = {field.name for field in fields(kind)}
     for name in sorted(expected ^ raw.keys()):
         raise keys.error(
             f"{KEY}.{name}", "is missing" if name in expected else "is unknown: written by a newer llmkit?"
         )
-    hints = get_type_hints(DecoderConfig)
+    hints = get_type_hints(kind)
     for name, value in raw.items():
         if not _fits(value, hints[name]):
             raise keys.error(f"{KEY}.{name}", f"has the value {value!r}")
-    return DecoderConfig(**raw)
+    return kind(**raw)
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -52,16 +48,14 @@ def _fits(value: Any, kind: Any) -> bool:
     )
 
 
-def _same(*modules: str) -> tuple[tuple[str, str], ...]:
-    return tuple((module, module) for module in modules)
-
-
-FAMILY = Family(
-    model_types=("llmkit_decoder",),
-    architecture=None,
-    fits=lambda config: True,
-    write=lambda config: {"vocab_size": config.vocab_rows},
-    read=read,
-    outer_rows=stacked_rows(_same("embedding", "position_embedding", "norm", "head"), kinds=("weight", "bias")),
-    layer_rows=stacked_rows(_same(*(f"blocks.{{}}.{part}" for part in PARTS)), kinds=("weight", "bias")),
-)
+def own_family(config: type, model_type: str) -> Family:
+    """Our own format for the models of one config class: every parameter under its own name."""
+    return Family(
+        model_types=(model_type,),
+        architecture=None,
+        config=config,
+        fits=lambda config: True,
+        write=lambda config: {"vocab_size": config.vocab_rows},
+        read=lambda keys: read(keys, config),
+        own_names=True,
+    )

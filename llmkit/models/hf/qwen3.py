@@ -6,7 +6,7 @@ from typing import Any
 
 from llmkit.models.config import DecoderConfig
 from llmkit.models.hf import llama
-from llmkit.models.hf.family import Family, Keys, stacked_rows
+from llmkit.models.hf.family import Family, Keys, Stack, stacked_rows
 
 
 def fits(config: DecoderConfig) -> bool:
@@ -24,23 +24,23 @@ def read(keys: Keys) -> DecoderConfig:
     return llama.read_llama_like(keys, qk_norm=True, mlp_bias=False)
 
 
+HEAD_NORM_ROWS = stacked_rows(
+    (
+        ("model.layers.{}.self_attn.q_norm", "blocks.{}.attention.q_norm"),
+        ("model.layers.{}.self_attn.k_norm", "blocks.{}.attention.k_norm"),
+    )
+)
+
 FAMILY = Family(
     model_types=("qwen3",),
     architecture="Qwen3ForCausalLM",
+    config=DecoderConfig,
     fits=fits,
     write=write,
     read=read,
     outer_rows=llama.OUTER_ROWS,
-    layer_rows=(
-        *llama.NORM_ROWS,
-        *llama.MATRIX_ROWS,
-        *stacked_rows(
-            (
-                ("model.layers.{}.self_attn.q_norm", "blocks.{}.attention.q_norm"),
-                ("model.layers.{}.self_attn.k_norm", "blocks.{}.attention.k_norm"),
-            )
-        ),
-    ),
+    stacks=(Stack("n_layers", (*llama.NORM_ROWS, *llama.MATRIX_ROWS, *HEAD_NORM_ROWS)),),
+    copies=llama.COPIES,
     prefix="model.",
     ignored=(".rotary_emb.inv_freq",),
 )

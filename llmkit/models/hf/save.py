@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 
 from llmkit.errors import CheckpointError
+from llmkit.interfaces import ModelConfig
 from llmkit.models.hf import own
 from llmkit.models.hf.families import family_of
 from llmkit.models.hf.family import Family, Row
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
-    from llmkit.models.decoder import Decoder
 
 MAX_SHARD_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
@@ -25,7 +25,7 @@ Shard = list[tuple[Row, int]]  # rows and their bytes
 
 
 def save_model(
-    model: Decoder,
+    model: nn.Module,
     folder: Path,
     *,
     bos_id: int | None = None,
@@ -38,30 +38,34 @@ def save_model(
     Weights keep their type; a tied head is left out; above ``max_shard_bytes`` they are split into shards. Only one
     shard is copied at a time. Raises ``CheckpointError`` when the disk refuses.
     """
-    family = family_of(model.config)
+    architecture: ModelConfig = model.config  # type: ignore[assignment]
+    family = family_of(architecture)
+    family = family.for_padding(pad_id) if family.for_padding else family
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
+    if architecture.kind == "encoder_decoder" and pad_id is not None:
+        ids["decoder_start_token_id"] = pad_id  # as T5 has it
     state = dict(model.named_parameters())
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "config.json", {**_config(model, family), **ids})
+        _write_json(folder / "config.json", {**ids, **_config(model, architecture, family)})
         _write_json(
             folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None}
         )
-        _write_weights(family.rows(model.config, set(state)), state, folder, max_shard_bytes)
+        _write_weights(family.rows(architecture, list(state)), state, folder, max_shard_bytes)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"the model could not be written: {error}", where=str(folder)) from error
 
 
-def _config(model: Decoder, family: Family) -> dict[str, Any]:
+def _config(model: nn.Module, config: ModelConfig, family: Family) -> dict[str, Any]:
     """The key ``torch_dtype`` is the old name of ``dtype``; other tools still read it."""
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return {
         "architectures": [family.architecture or type(model).__name__],
         "model_type": family.model_types[0],
-        **family.write(model.config),
+        **family.write(config),
         "dtype": dtype,
         "torch_dtype": dtype,
-        own.KEY: own.as_key(model.config),
+        own.KEY: own.as_key(config),
     }
 
 
@@ -86,8 +90,11 @@ def export(row: Row, state: Mapping[str, Tensor]) -> Tensor:
     import torch
 
     parts = [_part(part, state) for part in row.parts]
+    if row.before:
+        parts.insert(0, parts[0].new_zeros(row.before, *parts[0].shape[1:]))
     tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return (tensor.t() if row.transposed else tensor).contiguous()
+    tensor = tensor.t() if row.transposed else tensor
+    return (tensor[None] if row.lifted else tensor).contiguous()
 
 
 def _part(name: str, state: Mapping[str, Tensor]) -> Tensor:
@@ -101,12 +108,17 @@ def _shards(rows: list[Row], state: Mapping[str, Tensor], max_bytes: int) -> Ite
     """Rows in order, cut before a shard would pass ``max_bytes``."""
     shard: Shard = []
     for row in rows:
-        size = sum(part.numel() * part.element_size() for part in (_meta_part(name, state) for name in row.parts))
+        size = _n_bytes(row, state)
         if shard and sum(known for _, known in shard) + size > max_bytes:
             yield shard
             shard = []
         shard.append((row, size))
     yield shard
+
+
+def _n_bytes(row: Row, state: Mapping[str, Tensor]) -> int:
+    parts = [_meta_part(name, state) for name in row.parts]
+    return sum(part.nbytes for part in parts) + row.before * parts[0].nbytes // parts[0].shape[0]
 
 
 def _meta_part(name: str, state: Mapping[str, Tensor]) -> Tensor:

@@ -1,0 +1,158 @@
+"""BERT: post-norm blocks, learned positions, segments; with the pooler for sentence pairs or without it.
+
+``BertForPreTraining`` has the pooler, ``BertForMaskedLM`` has none; both have one ``model_type``, and ``architectures``
+tells them apart. The file of the published model names the second and holds the pooler all the same: it is left aside.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from llmkit.models.encoder_config import EncoderConfig
+from llmkit.models.hf.family import Family, Keys, Row, Stack, stacked_rows
+
+log = logging.getLogger("llmkit.models")
+
+WITH_POOLER, WITHOUT_POOLER = "BertForPreTraining", "BertForMaskedLM"
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+BOTH = ("weight", "bias")
+
+
+def is_bert_like(config: EncoderConfig) -> bool:
+    """What BERT and RoBERTa always have."""
+    biases = (config.norm_bias, config.attention_bias, config.mlp_bias, config.transform_bias, config.head_bias)
+    sums = config.norm_position == "post" and config.position == "learned" and config.n_segments > 0
+    plain = not config.gated and config.global_every == 1 and not config.share_layers
+    return sums and plain and all(biases) and config.tie_embeddings
+
+
+def write(config: EncoderConfig) -> dict[str, Any]:
+    architecture = WITH_POOLER if config.pooler else WITHOUT_POOLER
+    return {"architectures": [architecture], **write_bert_like(config)}
+
+
+def write_bert_like(config: EncoderConfig) -> dict[str, Any]:
+    return {
+        "vocab_size": config.vocab_rows,
+        "max_position_embeddings": config.max_seq_len,
+        "hidden_size": config.d_model,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "intermediate_size": config.ff_width,
+        "hidden_act": "gelu_new" if config.activation == "gelu_tanh" else "gelu",
+        "layer_norm_eps": config.norm_eps,
+        "type_vocab_size": config.n_segments,
+        "position_embedding_type": "absolute",
+        **dict.fromkeys(DROPOUTS, config.dropout),
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": True,
+    }
+
+
+def read(keys: Keys) -> EncoderConfig:
+    architecture = keys.raw.get("architectures") or [WITHOUT_POOLER]
+    activation = keys.choice("hidden_act", "gelu", ACTIVATIONS)
+    max_seq_len = keys.integer("max_position_embeddings", 512)
+    return read_bert_like(keys, activation, max_seq_len, pooler=WITH_POOLER in architecture)
+
+
+def read_bert_like(keys: Keys, activation: Any, max_seq_len: int, *, pooler: bool) -> EncoderConfig:
+    keys.expect("position_embedding_type", "absolute")
+    keys.expect("is_decoder", False)
+    keys.expect("add_cross_attention", False)
+    keys.expect("tie_word_embeddings", True)
+    return EncoderConfig(
+        vocab_size=keys.integer("vocab_size"),
+        max_seq_len=max_seq_len,
+        d_model=keys.integer("hidden_size"),
+        n_layers=keys.integer("num_hidden_layers"),
+        n_heads=keys.integer("num_attention_heads"),
+        d_ff=keys.integer("intermediate_size"),
+        norm_position="post",
+        norm_bias=True,
+        norm_eps=keys.number("layer_norm_eps", 1e-12),
+        activation=activation,
+        position="learned",
+        rope_theta=None,
+        local_rope_theta=None,
+        global_every=1,
+        local_window=None,
+        n_segments=keys.integer("type_vocab_size", 2),
+        attention_bias=True,
+        mlp_bias=True,
+        transform_bias=True,
+        head_bias=True,
+        pooler=pooler,
+        share_layers=False,
+        dropout=one_dropout(keys, DROPOUTS, 0.1),
+        tie_embeddings=True,
+        init_std=keys.number("initializer_range", 0.02),
+        residual_init_scale=False,
+    )
+
+
+def one_dropout(keys: Keys, names: tuple[str, ...], default: float) -> float:
+    """llmkit has one probability for all places."""
+    values = {name: keys.number(name, default) for name in names}
+    if len(set(values.values())) > 1:
+        log.warning("%s: %s; all places will use the first", keys.where, values)
+    return values[names[0]]
+
+
+def backbone_rows(prefix: str) -> tuple[Row, ...]:
+    """The embeddings but for the positions."""
+    return (
+        Row(f"{prefix}embeddings.word_embeddings.weight", ("embedding.weight",)),
+        Row(f"{prefix}embeddings.token_type_embeddings.weight", ("segment_embedding.weight",)),
+        *stacked_rows(((f"{prefix}embeddings.LayerNorm", "embedding_norm"),), kinds=BOTH),
+    )
+
+
+def block_rows(prefix: str) -> Stack:
+    layer = f"{prefix}encoder.layer.{{}}"
+    pairs = (
+        *((f"{layer}.attention.self.{name}", f"blocks.{{}}.attention.{name[0]}") for name in ("query", "key", "value")),
+        (f"{layer}.attention.output.dense", "blocks.{}.attention.o"),
+        (f"{layer}.attention.output.LayerNorm", "blocks.{}.attention_norm"),
+        (f"{layer}.intermediate.dense", "blocks.{}.mlp.up"),
+        (f"{layer}.output.dense", "blocks.{}.mlp.down"),
+        (f"{layer}.output.LayerNorm", "blocks.{}.mlp_norm"),
+    )
+    return Stack("n_layers", stacked_rows(pairs, kinds=BOTH))
+
+
+HEADS = (
+    ("cls.predictions.transform.dense", "transform.dense"),
+    ("cls.predictions.transform.LayerNorm", "transform.norm"),
+    ("bert.pooler.dense", "pooler"),
+    ("cls.seq_relationship", "pair_head"),
+)
+
+FAMILY = Family(
+    model_types=("bert",),
+    architecture=WITH_POOLER,
+    config=EncoderConfig,
+    fits=is_bert_like,
+    write=write,
+    read=read,
+    outer_rows=(
+        *backbone_rows("bert."),
+        Row("bert.embeddings.position_embeddings.weight", ("position_embedding.weight",)),
+        *stacked_rows(HEADS, kinds=BOTH),
+        Row("cls.predictions.bias", ("output_bias",)),
+    ),
+    stacks=(block_rows("bert."),),
+    copies={
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+    },
+    prefix="bert.",
+    unprefixed=("cls.",),
+    ignored=(
+        ".position_ids",
+        *(f"{name}.{kind}" for name in ("pooler.dense", "cls.seq_relationship") for kind in BOTH),
+    ),
+    old_endings={".gamma": ".weight", ".beta": ".bias"},
+)

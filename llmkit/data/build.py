@@ -89,13 +89,16 @@ class Piece:
     start: int = 0
     stop: int = 0
     sample: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # places in the array
+    ends_cut: bool = False  # its last document goes on in the next piece
 
 
 class Build:
     """One preparation on its way from text to the shards, report and manifest in ``folder``."""
 
-    def __init__(self, data: DataConfig, sources: list[Source], maker: TokenizerMaker, folder: Path) -> None:
-        self.data, self.sources, self.maker, self.folder = data, sources, maker, folder
+    def __init__(
+        self, data: DataConfig, sources: list[Source], maker: TokenizerMaker, folder: Path, *, sentences: bool
+    ) -> None:
+        self.data, self.sources, self.maker, self.folder, self.sentences = data, sources, maker, folder, sentences
         self.work = folder / "work"
         chunk_bytes = settings_of_sources.CHUNK_BYTES
         self.pieces = [Piece(c, n) for n, source in enumerate(sources) for c in chunks_of(source.paths, chunk_bytes)]
@@ -141,6 +144,7 @@ class Build:
             for piece, scan in zip(self.pieces, workers.map(scan_chunk, self._scan_tasks()), strict=True):
                 piece.start, n_documents = n_documents, n_documents + scan.hashes.size
                 piece.stop, piece.sample = n_documents, scan.sample + piece.start
+                piece.ends_cut = scan.ends_cut
                 hashes.write(scan.hashes.tobytes())
                 lengths.write(scan.lengths.tobytes())
                 self.windows.merge(scan.windows)
@@ -245,7 +249,14 @@ class Build:
                 self.work / "windows.npy" if self.windows.n_documents else None,
                 self.folder / f"train-{piece.source:02d}-{number:06d}.bin",
                 self.folder / f"val-{number:06d}.bin",
+                self.sentences,
+                self._goes_on(number),
             )
+
+    def _goes_on(self, number: int) -> bool:
+        """Whether a piece begins inside a document of the piece before."""
+        before, piece = self.pieces[max(0, number - 1)], self.pieces[number]
+        return number > 0 and before.ends_cut and before.chunk.path == piece.chunk.path
 
     # Results
 
@@ -260,7 +271,7 @@ class Build:
         """Counts of what was read, written and leaked; ``n_special`` ids a document are none of its text."""
         for piece, result in zip(self.pieces, tokens, strict=True):
             self.reports[piece.source].n_tokens += sum(result.n_tokens.values())
-        train, val = _sums(tokens, "train"), _sums(tokens, "val")
+        train, val = (_sums(tokens, split, sentences=self.sentences) for split in ("train", "val"))
         if train["n_tokens"] == train["n_documents"] * n_special:
             where = self.sources[0].paths[0]
             raise DataError("the tokenizer gave no ids for the training text", where=where, fix="use another tokenizer")
@@ -306,8 +317,8 @@ class Build:
         )
 
 
-def _sums(tokens: list[ChunkTokens], split: str) -> dict[str, int]:
-    names = ("n_documents", "n_bytes", "n_tokens")
+def _sums(tokens: list[ChunkTokens], split: str, *, sentences: bool) -> dict[str, int]:
+    names = ("n_documents", "n_bytes", "n_tokens") + (("n_sentences",) if sentences else ())
     return {name: sum(getattr(result, name)[split] for result in tokens) for name in names}
 
 

@@ -11,23 +11,20 @@ from typing import TYPE_CHECKING
 from llmkit.errors import DataError
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from llmkit.data.sampler import SampleOrder
-    from llmkit.interfaces import Batch, SequenceDataset
+    from llmkit.interfaces import Batch, Row, SequenceDataset
 
-    Collate = Callable[[Sequence[NDArray[np.int64]]], Batch]
+    Collate = Callable[[Sequence[Row]], Batch]
+
+
+VALIDATION_SEED = 0
 
 
 @dataclass(frozen=True)
 class StepBatches:
-    """One rank's micro-batches of a step, and how many targets they hold. ``first_sample_id`` is the step's, over all
-    ranks.
-    """
+    """One rank's micro-batches of a step. ``first_sample_id`` is the step's, over all ranks."""
 
     batches: list[Batch]
-    n_targets: int
     first_sample_id: int
 
 
@@ -77,24 +74,27 @@ class TrainBatches:
 
     def _read(self, position: int) -> StepBatches:
         batches = [self._micro_batch(position, number) for number in range(self.grad_accum_steps)]
-        n_targets = sum(batch.n_targets for batch in batches)
-        return StepBatches(batches, n_targets, self.order.sample_id(position))
+        return StepBatches(batches, self.order.sample_id(position))
 
     def _micro_batch(self, position: int, number: int) -> Batch:
         first = position + (number * self.world_size + self.rank) * self.micro_batch_size
-        places = [self.order.locate(first + offset) for offset in range(self.micro_batch_size)]
-        return self.collate([self.datasets[source][row] for source, row in places])
+        return self.collate([self._row(first + offset) for offset in range(self.micro_batch_size)])
+
+    def _row(self, position: int) -> Row:
+        """The row at a position. What is random about it is new each time its source begins another epoch."""
+        source, row, epoch = self.order.locate(position)
+        return self.datasets[source].row(row, (self.order.seed, epoch, source, row), position)
 
 
 def eval_batches(
     dataset: SequenceDataset, collate: Collate, batch_size: int, rank: int, world_size: int
 ) -> Iterator[Batch]:
     """This rank's batches of one pass: all ranks together see every row exactly once. Ranks may differ by one in
-    number.
+    number. What is random about a row is the same in every pass and every run.
     """
     for start in islice(range(0, dataset.n_sequences, batch_size), rank, None, world_size):
         rows = range(start, min(start + batch_size, dataset.n_sequences))
-        yield collate([dataset[row] for row in rows])
+        yield collate([dataset.row(row, (VALIDATION_SEED, row), None) for row in rows])
 
 
 def check_enough(n_sequences: int, global_batch_size: int) -> None:

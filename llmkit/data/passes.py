@@ -19,6 +19,8 @@ import numpy as np
 
 from llmkit.data.leaks import ValidationWindows, WindowIndex
 from llmkit.data.readers.base import BadRow, Chunk, Document, read_chunk
+from llmkit.data.sentence_files import Sentences
+from llmkit.data.sentences import encode_with_sentences
 from llmkit.data.split import ValRule, belongs_to_val
 from llmkit.data.token_shards import ShardWriter, Vocabulary
 from llmkit.errors import DataError
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
 BATCH_BYTES = 1 << 20
 N_EXAMPLES = 5
-SAMPLE_END = b"\0"  # ends each document of a sample file; no document holds it
+SAMPLE_END = b"\0"  # ends each document of a sample file, and stands before those cut; no document holds it
 _SAMPLE_ODD = np.uint64(0x9E3779B97F4A7C15)  # makes the sample independent of the validation split
 
 
@@ -41,7 +43,7 @@ class Batch:
 
     texts: list[str] = field(default_factory=list)
     raw: list[bytes] = field(default_factory=list)  # the same in UTF-8
-    n_cut: int = 0
+    cut: list[bool] = field(default_factory=list)  # whether the text goes on in the next document
 
     def hashes(self) -> NDArray[np.uint64]:
         """64 bits of BLAKE2b of each text."""
@@ -58,7 +60,7 @@ def batches(rows: Iterable[Document | BadRow], on_bad: Callable[[BadRow], None])
             continue
         batch.texts.append(row.text)
         batch.raw.append(row.text.encode())
-        batch.n_cut += row.cut
+        batch.cut.append(row.cut)
         size += len(batch.raw[-1])
         if size >= BATCH_BYTES:
             yield batch
@@ -96,6 +98,7 @@ class ChunkScan:
     bad: Counter[str] = field(default_factory=Counter)
     bad_examples: list[BadRow] = field(default_factory=list)
     n_cut: int = 0
+    ends_cut: bool = False  # the last document goes on in the next chunk
 
     def add_bad(self, row: BadRow) -> None:
         self.bad[row.reason] += 1
@@ -116,9 +119,11 @@ def scan_chunk(task: ScanTask) -> ChunkScan:
             chosen = in_sample(hashes[-1], np.where(is_val, task.val_sample, task.train_sample))
             chosen[0] |= n_seen == 0  # so that no sample is empty
             sampled.append(np.flatnonzero(chosen) + n_seen)
-            file.writelines(batch.raw[place] + SAMPLE_END for place in np.flatnonzero(chosen))
+            for place in np.flatnonzero(chosen):
+                file.write(SAMPLE_END * batch.cut[place] + batch.raw[place] + SAMPLE_END)
             lengths.append(np.fromiter(map(len, batch.raw), np.uint64))
-            scan.n_cut += batch.n_cut
+            scan.n_cut += sum(batch.cut)
+            scan.ends_cut = batch.cut[-1]
             n_seen += len(batch.raw)
     scan.hashes, scan.lengths = np.concatenate(hashes), np.concatenate(lengths)
     scan.sample = np.concatenate(sampled)
@@ -133,11 +138,14 @@ def in_sample(hashes: NDArray[np.uint64], fraction: NDArray[np.float64]) -> NDAr
 
 def documents_in(sample_path: Path) -> Iterator[Document]:
     """The documents of a sample file."""
-    rest = b""
+    rest, cut = b"", False
     with sample_path.open("rb") as file:
         while piece := file.read(BATCH_BYTES):
             *whole, rest = (rest + piece).split(SAMPLE_END)
-            yield from (Document(raw.decode(), 0) for raw in whole)
+            for raw in whole:
+                if raw:
+                    yield Document(raw.decode(), 0, cut)
+                cut = not raw
 
 
 @dataclass(frozen=True)
@@ -160,6 +168,8 @@ class EncodeTask:
     window_index: Path | None
     train_path: Path
     val_path: Path
+    sentences: bool  # whether to note where sentences begin
+    goes_on: bool  # the first document is a later section of the last one of the chunk before
 
 
 @dataclass
@@ -169,6 +179,7 @@ class ChunkTokens:
     n_tokens: dict[str, int]
     n_bytes: dict[str, int]
     n_documents: dict[str, int]
+    n_sentences: dict[str, int]
     windows_found: NDArray[np.int64]
 
 
@@ -188,14 +199,18 @@ def encode_chunk(task: EncodeTask) -> ChunkTokens:
     hashes, found = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     rows = documents_in(task.text_path) if task.text_path else rows_of(task.chunk, task.data)
     keep = None if task.keep is None else np.unpackbits(np.frombuffer(task.keep, np.uint8)).astype(bool)
-    with ShardWriter(task.train_path, task.vocabulary) as train, ShardWriter(task.val_path, task.vocabulary) as val:
-        n_seen = 0
+    train = ShardWriter(task.train_path, task.vocabulary, sentences=task.sentences)
+    val = ShardWriter(task.val_path, task.vocabulary, sentences=task.sentences)
+    with train, val:
+        n_seen, was_cut = 0, task.goes_on
         for batch in batches(rows, lambda _: None):
             hashes.append(batch.hashes())
             kept = _kept(keep, n_seen, hashes[-1].size)
             is_val = belongs_to_val(hashes[-1], task.val_rule)
+            goes_on = [was_cut, *batch.cut[:-1]]
+            was_cut = batch.cut[-1]
             for writer, places in ((train, kept & ~is_val), (val, kept & is_val)):
-                _write(writer, tokenizer, batch, np.flatnonzero(places))
+                _write(writer, tokenizer, batch, np.flatnonzero(places), goes_on)
             if index:
                 found.append(index.found_in([batch.raw[place] for place in np.flatnonzero(kept & ~is_val)]))
             n_seen += hashes[-1].size
@@ -206,6 +221,7 @@ def encode_chunk(task: EncodeTask) -> ChunkTokens:
         {split: writer.n_tokens for split, writer in writers.items()},
         {split: writer.n_bytes for split, writer in writers.items()},
         {split: writer.n_documents for split, writer in writers.items()},
+        {split: writer.n_sentences for split, writer in writers.items()},
         np.unique(np.concatenate(found)),
     )
 
@@ -219,10 +235,18 @@ def _kept(keep: NDArray[np.bool_] | None, start: int, n: int) -> NDArray[np.bool
     return bits
 
 
-def _write(writer: ShardWriter, tokenizer: Tokenizer, batch: Batch, places: NDArray[np.int64]) -> None:
-    if places.size:
-        ids = tokenizer.encode_batch([batch.texts[place] for place in places])
-        writer.add(ids, sum(len(batch.raw[place]) for place in places))
+def _write(
+    writer: ShardWriter, tokenizer: Tokenizer, batch: Batch, places: NDArray[np.int64], goes_on: list[bool]
+) -> None:
+    if not places.size:
+        return
+    texts, n_bytes = [batch.texts[place] for place in places], sum(len(batch.raw[place]) for place in places)
+    if not writer.with_sentences:
+        writer.add(tokenizer.encode_batch(texts), n_bytes)
+        return
+    encoded = encode_with_sentences(tokenizer, texts)
+    sentences = [Sentences(one.starts, goes_on[place]) for one, place in zip(encoded, places, strict=True)]
+    writer.add([one.ids for one in encoded], n_bytes, sentences)
 
 
 def changed(path: str) -> DataError:

@@ -45,19 +45,20 @@ def prepare(
     load: Callable[[Path], Tokenizer],
     report: TokenizerReport,
     progress: bool,
+    sentences: bool = False,
     verify: bool = False,
 ) -> PreparedData:
     """Token shards of ``data.path``, from the cache or made now.
 
     ``tokenizer`` is used as it is; without one, ``spec`` opens or trains one. ``load`` and ``report`` belong to the
     tokenizers and must be importable by name, because other processes call ``load``. All ranks of a job may call this
-    at once: one builds, the others wait. ``verify`` reads every byte of a cached entry again. Raises DataError,
-    ConfigError, CheckpointError.
+    at once: one builds, the others wait. ``sentences`` also notes where sentences begin. ``verify`` reads every byte of
+    a cached entry again. Raises DataError, ConfigError, CheckpointError.
     """
     check_weights(data.weights, len(sources.paths_of(data)))
     found = sources.find(data)
     maker = TokenizerMaker(tokenizer, spec, load, report)
-    inputs = sources.inputs_of(data, found, maker.key())
+    inputs = sources.inputs_of(data, found, maker.key(), sentences=sentences)
     identity = sources.identity_of(data)
     root, name = cache.cache_root(data.cache_dir), cache.entry_name(identity, inputs)
     prepared, damage = _reuse(root / name, verify=verify)
@@ -70,7 +71,7 @@ def prepare(
                 log.info("preparing %s (%s)", ", ".join(identity), reason)
                 with cache.building(root, name) as folder:
                     cache.write_inputs(folder, identity, inputs)
-                    Build(data, found, maker, folder).run(show_progress=progress)
+                    Build(data, found, maker, folder, sentences=sentences).run(show_progress=progress)
                 prepared = open_entry(root / name, reused=False, reason=reason)
     check_stored(prepared.report, data)
     log.info("prepared data %s: %s", prepared.folder.name, prepared.reason)

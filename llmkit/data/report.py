@@ -137,4 +137,5 @@ def summary_lines(report: dict[str, Any]) -> list[str]:
 
 
 def _split_line(split: dict[str, int]) -> str:
-    return f"{split['n_documents']:,} documents, {split['n_bytes'] / 1e6:,.1f} MB, {split['n_tokens']:,} tokens"
+    line = f"{split['n_documents']:,} documents, {split['n_bytes'] / 1e6:,.1f} MB, {split['n_tokens']:,} tokens"
+    return line + (f", {split['n_sentences']:,} sentences" if "n_sentences" in split else "")

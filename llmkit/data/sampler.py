@@ -69,36 +69,37 @@ class SampleOrder:
         if self.n_samples < 1:
             raise DataError("there is no training sequence", where="data.path", fix="give more text")
 
-    def locate(self, position: int) -> tuple[int, int]:
-        """(source, row) at ``position``."""
+    def locate(self, position: int) -> tuple[int, int, int]:
+        """(source, row, epoch of the source, from 0) at ``position``."""
         if self._parts is not None:
             return self._locate_in_mixture(position, self._parts)
-        row = self._shuffled(position, self.n_samples, _CONCATENATED)
+        epoch, row = self._shuffled(position, self.n_samples, _CONCATENATED)
         source = bisect_right(self._offsets, row) - 1
-        return source, row - self._offsets[source]
+        return source, row - self._offsets[source], epoch
 
     def sample_id(self, position: int) -> int:
         """The row's number over all sources."""
-        source, row = self.locate(position)
+        source, row, _ = self.locate(position)
         return self._offsets[source] + row
 
     def epoch(self, position: int) -> float:
         """Epochs done once ``position`` sequences are drawn."""
         return position / self.n_samples
 
-    def _shuffled(self, draw: int, size: int, stream: int) -> int:
-        """Row of the ``draw``-th sequence out of ``size``, each epoch in an order of its own."""
+    def _shuffled(self, draw: int, size: int, stream: int) -> tuple[int, int]:
+        """Epoch and row of the ``draw``-th sequence out of ``size``, each epoch in an order of its own."""
         epoch, index = divmod(draw, size)
-        return permute(index, size, _keys(self.seed, epoch, stream))
+        return epoch, permute(index, size, _keys(self.seed, epoch, stream))
 
-    def _locate_in_mixture(self, position: int, parts: tuple[int, ...]) -> tuple[int, int]:
+    def _locate_in_mixture(self, position: int, parts: tuple[int, ...]) -> tuple[int, int, int]:
         block, index = divmod(position, BLOCK)
         index = permute(index, BLOCK, _keys(self.seed, block, _INSIDE_BLOCK))
         before = draws_before(block * BLOCK, parts)
         after = draws_before((block + 1) * BLOCK, parts)
         for source, (start, stop) in enumerate(zip(before, after, strict=True)):
             if index < stop - start:
-                return source, self._shuffled(start + index, self.sizes[source], source)
+                epoch, row = self._shuffled(start + index, self.sizes[source], source)
+                return source, row, epoch
             index -= stop - start
         raise AssertionError("the draws of a block do not add up to its length")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmkit.data.readers.base import BUILTIN_PREFIX, find_sources, fingerprint
+from llmkit.data.sentences import VERSION as SENTENCES_VERSION
 from llmkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -63,8 +64,10 @@ def _source(label: str, path: str | list[str], is_val: bool = False) -> Source:
     return Source(label, found.paths, found.n_ignored, {name: fingerprint(name) for name in found.paths}, is_val)
 
 
-def inputs_of(data: DataConfig, sources: list[Source], tokenizer: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that decides the tokens: settings, tokenizer, and the files in their order."""
+def inputs_of(
+    data: DataConfig, sources: list[Source], tokenizer: Mapping[str, Any], *, sentences: bool
+) -> dict[str, Any]:
+    """Everything that decides what is written: settings, tokenizer, and the files in their order."""
     names = ["val" if source.is_val else str(number) for number, source in enumerate(sources)]
     files = [{_absolute(path): mark for path, mark in source.fingerprints.items()} for source in sources]
     return {
@@ -79,6 +82,7 @@ def inputs_of(data: DataConfig, sources: list[Source], tokenizer: Mapping[str, A
         },
         "tokenizer": dict(tokenizer),
         "files": dict(zip(names, files, strict=True)),
+        **({"sentences": SENTENCES_VERSION} if sentences else {}),
     }
 
 

@@ -1,8 +1,8 @@
 """Token shards: ids of prepared documents in files that are mapped into memory, and windows cut from them.
 
 A shard is a header of 512 bytes (magic, then JSON padded with spaces) and the ids as little-endian uint16 or uint32.
-Every document is stored as ``[bos] ids eos``.
-The SHA-256 of the file stands in the manifest of its folder (``cache.py``).
+Every document is stored as ``[bos] ids eos``. A file beside the shard may say where sentences begin
+(``sentence_files.py``). The SHA-256 of the file stands in the manifest of its folder (``cache.py``).
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmkit.data.sentence_files import FLAG_BITS, Sentences, SentenceWriter, map_sentences, sentence_path
 from llmkit.errors import DataError
+from llmkit.interfaces import Row
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -86,19 +88,24 @@ def _parse_header(raw: bytes) -> ShardHeader | None:
 
 
 class ShardWriter:
-    """Writes one shard, batch by batch. A shard without documents leaves no file."""
+    """Writes one shard, batch by batch, and its sentences if they are wanted. Without documents it leaves no file."""
 
-    def __init__(self, path: Path, vocabulary: Vocabulary) -> None:
-        self.path, self.vocabulary = path, vocabulary
+    def __init__(self, path: Path, vocabulary: Vocabulary, *, sentences: bool = False) -> None:
+        self.path, self.vocabulary, self.with_sentences = path, vocabulary, sentences
         self.n_tokens = self.n_bytes = self.n_documents = 0
         self._dtype = _DTYPES[0] if vocabulary.vocab_size <= 1 << 16 else _DTYPES[1]
 
     def __enter__(self) -> ShardWriter:
         self._file = self.path.open("wb")
         self._file.write(bytes(HEADER_BYTES))
+        self._sentences = SentenceWriter(sentence_path(self.path)) if self.with_sentences else None
         return self
 
-    def add(self, documents: Sequence[Sequence[int]], n_bytes: int) -> None:
+    @property
+    def n_sentences(self) -> int:
+        return 0 if self._sentences is None else self._sentences.n_sentences
+
+    def add(self, documents: Sequence[Sequence[int]], n_bytes: int, sentences: Sequence[Sentences] = ()) -> None:
         """Append documents; ``n_bytes`` is the size of their text. Raises DataError for ids outside the vocabulary."""
         words = self.vocabulary
         bos, eos = ([] if words.bos_id is None else [words.bos_id]), [words.eos_id]
@@ -108,6 +115,9 @@ class ShardWriter:
             what = f"the tokenizer gave ids {ids.min()} .. {ids.max()}, outside its vocabulary of {words.vocab_size}"
             raise DataError(what, where="tokenizer", fix="its files do not belong together; take them from one place")
         self._file.write(ids.astype(self._dtype).tobytes())
+        if self._sentences is not None and documents:
+            sizes = np.array([len(bos) + len(document) + len(eos) for document in documents])
+            self._sentences.add(sentences, self.n_tokens + np.cumsum(sizes) - sizes + len(bos))
         self.n_tokens += ids.size
         self.n_bytes += n_bytes
         self.n_documents += len(documents)
@@ -119,8 +129,11 @@ class ShardWriter:
             self._file.flush()
             os.fsync(self._file.fileno())
         self._file.close()
-        if error is not None or not self.n_documents:
+        keep = error is None and self.n_documents > 0
+        if not keep:
             self.path.unlink()
+        if self._sentences is not None:
+            self._sentences.close(keep=keep)
 
     def _header(self) -> ShardHeader:
         return ShardHeader(
@@ -146,6 +159,7 @@ class TokenShards:
                 raise DataError(f"a token shard is of another tokenizer: {found}", where=str(path))
         self._starts = (0, *accumulate(header.n_tokens for header in self._headers))
         self._maps: dict[int, NDArray[Any]] = {}
+        self._sentences: dict[int, NDArray[np.uint64]] = {}
 
     @property
     def n_tokens(self) -> int:
@@ -174,6 +188,20 @@ class TokenShards:
             shard += 1
         return out
 
+    def sentences(self, shard: int) -> tuple[int, int, NDArray[np.uint64]]:
+        """Place of the shard's first token, of the first behind it, and its entries (``sentence_files.py``), whose
+        places count from its first token. Raises DataError when preparation did not look for sentences."""
+        if shard not in self._sentences:
+            self._sentences[shard] = map_sentences(self.paths[shard], self._headers[shard].n_documents)
+        return self._starts[shard], self._starts[shard + 1], self._sentences[shard]
+
+    def sentence_starts(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Places of the sentences that begin at ``start .. stop - 1``, all in one shard."""
+        offset, _, entries = self.sentences(bisect_right(self._starts, start) - 1)
+        bounds = np.array([start - offset, stop - offset], np.uint64) << np.uint64(FLAG_BITS)
+        first, last = np.searchsorted(entries, bounds)
+        return (entries[first:last] >> np.uint64(FLAG_BITS)).astype(np.int64) + offset
+
     def _map(self, shard: int) -> NDArray[Any]:
         if shard not in self._maps:
             header = self._headers[shard]
@@ -184,17 +212,18 @@ class TokenShards:
 
 
 class WindowDataset:
-    """Cuts shards into rows of ``seq_len + 1`` ids that overlap by one: every id but the first is a target once.
+    """Cuts shards into rows of ``stride + overlap`` ids, a row every ``stride`` ids.
 
-    The last row holds what is left. Nothing is dropped and nothing is cropped.
+    The last row holds what is left. Nothing is dropped and nothing is cropped: with an overlap of one, every id but the
+    first is a target once.
     """
 
-    def __init__(self, shards: TokenShards, seq_len: int) -> None:
-        self.shards, self.seq_len = shards, seq_len
+    def __init__(self, shards: TokenShards, stride: int, overlap: int) -> None:
+        self.shards, self.stride, self.overlap = shards, stride, overlap
 
     @property
     def n_sequences(self) -> int:
-        return -(-max(0, self.n_tokens - 1) // self.seq_len)
+        return -(-max(0, self.n_tokens - self.overlap) // self.stride)
 
     @property
     def n_tokens(self) -> int:
@@ -204,8 +233,9 @@ class WindowDataset:
     def n_bytes(self) -> int:
         return self.shards.n_bytes
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
+    def row(self, index: int, seed: tuple[int, ...], position: int | None) -> Row:
         if not 0 <= index < self.n_sequences:
             raise IndexError(f"row {index} of {self.n_sequences}")
-        start = index * self.seq_len
-        return self.shards.window(start, min(start + self.seq_len + 1, self.n_tokens))
+        start = index * self.stride
+        ids = self.shards.window(start, min(start + self.stride + self.overlap, self.n_tokens))
+        return Row(ids, seed, position)

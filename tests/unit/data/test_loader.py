@@ -10,12 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from llmkit.data.loader import TrainBatches, check_enough, check_vocabulary, eval_batches
 from llmkit.data.sampler import SampleOrder
 from llmkit.errors import DataError
-from llmkit.interfaces import Batch
+from llmkit.interfaces import Batch, Row
 
 quick = settings(max_examples=40, derandomize=True, deadline=None)
 
@@ -27,14 +26,14 @@ class Rows:
         self.n_sequences, self.base = n, base
         self.n_tokens = self.n_bytes = n
 
-    def __getitem__(self, index: int) -> NDArray[np.int64]:
+    def row(self, index: int, seed: tuple[int, ...], position: int | None) -> Row:
         if not 0 <= index < self.n_sequences:
             raise IndexError(index)
-        return np.array([self.base + index])
+        return Row(np.array([self.base + index]), seed, position)
 
 
-def collate(rows: Sequence[NDArray[np.int64]]) -> Batch:
-    ids = torch.from_numpy(np.stack(rows))
+def collate(rows: Sequence[Row]) -> Batch:
+    ids = torch.from_numpy(np.stack([row.ids for row in rows]))
     return Batch(ids, ids, ids, None, n_targets=int(ids.sum()))
 
 
@@ -60,7 +59,7 @@ def test_ranks_together_hold_the_step(world: int, micro: int, accum: int, n_step
     steps = [rank.step(n_step * size) for rank in ranks]
     in_order = [step.batches[m] for m in range(accum) for step in steps]
     assert [i for row in ids(in_order) for i in row] == wanted
-    assert sum(step.n_targets for step in steps) == sum(wanted)
+    assert sum(batch.n_targets for step in steps for batch in step.batches) == sum(wanted)
     assert {step.first_sample_id for step in steps} == {wanted[0]}
     for rank in ranks:
         rank.close()
@@ -79,7 +78,7 @@ def test_reading_ahead_changes_nothing() -> None:
 def test_the_next_step_is_read_in_another_thread() -> None:
     readers: list[str] = []
 
-    def note(rows: Sequence[NDArray[np.int64]]) -> Batch:
+    def note(rows: Sequence[Row]) -> Batch:
         readers.append(threading.current_thread().name)
         return collate(rows)
 
@@ -94,7 +93,7 @@ def test_the_next_step_is_read_in_another_thread() -> None:
 def test_an_error_of_the_reader_reaches_the_trainer() -> None:
     calls = iter([False, True])
 
-    def fail_second(rows: Sequence[NDArray[np.int64]]) -> Batch:
+    def fail_second(rows: Sequence[Row]) -> Batch:
         if next(calls):
             raise DataError("a shard broke", where="shard 7")
         return collate(rows)

@@ -193,7 +193,7 @@ def test_held_out_text_of_its_own(tmp_path: Path, cache: Path) -> None:
 def test_sources_and_weights(tmp_path: Path, cache: Path) -> None:
     paths = [str(write_jsonl(tmp_path / f"{n}.jsonl", words(20, n))) for n in range(2)]
     prepared = run(config(paths, cache, weights=[3.0, 1.0]))
-    sizes = tuple(WindowDataset(shards, 16).n_sequences for shards in prepared.train)
+    sizes = tuple(WindowDataset(shards, 16, 1).n_sequences for shards in prepared.train)
     order = SampleOrder(sizes, (3.0, 1.0), 0)
     drawn = [order.locate(position)[0] for position in range(1024)]
     assert drawn.count(0) == 768

@@ -23,7 +23,7 @@ def test_every_row_comes_once_an_epoch(sizes: list[int], seed: int, epoch: int) 
     order = SampleOrder(tuple(sizes), None, seed)
     n = sum(sizes)
     places = [order.locate(p) for p in range(epoch * n, (epoch + 1) * n)]
-    assert sorted(places) == [(source, row) for source, size in enumerate(sizes) for row in range(size)]
+    assert sorted(places) == [(source, row, epoch) for source, size in enumerate(sizes) for row in range(size)]
     assert sorted(order.sample_id(p) for p in range(epoch * n, (epoch + 1) * n)) == list(range(n))
 
 
@@ -54,7 +54,7 @@ def test_a_mixture_holds_its_weights_and_each_source_goes_round(weights: list[fl
     order = SampleOrder(sizes, tuple(weights), seed)
     places = [order.locate(p) for p in range(n_blocks * BLOCK)]
     for source, size in enumerate(sizes):
-        rows = [row for where, row in places if where == source]
+        rows = [row for where, row, _ in places if where == source]
         share = weights[source] / sum(weights)
         assert abs(len(rows) - share * len(places)) <= len(weights)
         epochs = Counter(rows)

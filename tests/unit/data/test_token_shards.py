@@ -13,6 +13,7 @@ from llmkit.data.token_shards import HEADER_BYTES, ShardWriter, TokenShards, Voc
 from llmkit.errors import DataError
 from llmkit.interfaces import IGNORE_INDEX
 from llmkit.objectives.causal_lm import CausalLM
+from tests.token_ids import token_ids
 
 quick = settings(max_examples=30, derandomize=True, deadline=None)
 WORDS = Vocabulary(vocab_size=100, bos_id=0, eos_id=1)
@@ -51,13 +52,13 @@ def test_every_token_but_the_first_of_a_document_is_a_target_once(
     """Through the objective's own collate: the labels in order are the text without the first id of each document."""
     words = WORDS if has_bos else Vocabulary(100, None, 1)
     opened = write(tmp_path_factory.mktemp("shards"), shards, words)
-    dataset = WindowDataset(opened, seq_len)
-    rows = [dataset[row] for row in range(dataset.n_sequences)]
-    assert all(len(row) == seq_len + 1 for row in rows[:-1])
+    dataset = WindowDataset(opened, seq_len, 1)
+    rows = [dataset.row(row, (0, row), None) for row in range(dataset.n_sequences)]
+    assert all(len(row.ids) == seq_len + 1 for row in rows[:-1])
     labels: list[int] = []
     if rows:
         collate = CausalLM(label_smoothing=0.0, z_loss=0.0, chunk_size=None).collate
-        labels = collate(rows, seq_len=seq_len, eos_id=1, pad_id=1).labels.flatten().tolist()
+        labels = collate(rows, seq_len=seq_len, ids=token_ids(100, eos_id=1, pad_id=1)).labels.flatten().tolist()
     stored = [[*([0] if has_bos else []), *document, 1] for shard in shards for document in shard]
     assert [label for label in labels if label != IGNORE_INDEX] == [i for document in stored for i in document[1:]]
 
@@ -83,10 +84,10 @@ def test_a_shard_without_documents_leaves_no_file(tmp_path: Path) -> None:
 
 
 def test_an_empty_split_has_no_rows() -> None:
-    dataset = WindowDataset(TokenShards([], WORDS), 8)
+    dataset = WindowDataset(TokenShards([], WORDS), 8, 1)
     assert (dataset.n_sequences, dataset.n_tokens, dataset.n_bytes) == (0, 0, 0)
     with pytest.raises(IndexError):
-        dataset[0]
+        dataset.row(0, (0, 0), None)
     with pytest.raises(IndexError):
         dataset.shards.window(0, 1)
 

@@ -13,14 +13,3 @@ def bits_per_byte(nll_nats: float, n_bytes: int) -> float:
 def perplexity(nats_per_token: float) -> float:
     """``exp`` of the mean loss; infinite where that overflows."""
     return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
-
-
-def loss_metrics(nll_nats: float, n_targets: int, n_bytes: int) -> dict[str, float]:
-    """A summed loss over a whole split as ``val/...`` metrics."""
-    loss = nll_nats / n_targets
-    return {
-        "val/loss": loss,
-        "val/ppl": perplexity(loss),
-        "val/bpb": bits_per_byte(nll_nats, n_bytes),
-        "val/n_targets": n_targets,
-    }

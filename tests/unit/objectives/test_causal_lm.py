@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmkit.interfaces import IGNORE_INDEX, NO_DOCUMENT, Batch
+from llmkit.interfaces import IGNORE_INDEX, NO_DOCUMENT, Batch, Row
 from llmkit.objectives.causal_lm import CausalLM
+from tests.token_ids import token_ids
 from tests.unit.models.tiny import built, gpt2, llama
 
 EOS, PAD = 1, 0
@@ -24,7 +25,9 @@ def objective(label_smoothing: float = 0.0, z_loss: float = 0.0, chunk_size: int
 
 def collate(rows: list[list[int]], seq_len: int, pad_id: int = PAD) -> Batch:
     return objective().collate(
-        [np.array(row, dtype=np.int64) for row in rows], seq_len=seq_len, eos_id=EOS, pad_id=pad_id
+        [Row(np.array(row, dtype=np.int64), (0, n)) for n, row in enumerate(rows)],
+        seq_len=seq_len,
+        ids=token_ids(eos_id=EOS, pad_id=pad_id),
     )
 
 
@@ -94,9 +97,13 @@ def test_the_loss_of_a_pack_is_the_sum_over_its_documents(config: object) -> Non
         batch = collate(rows, seq_len=11)
         model.zero_grad()
         result = objective().loss(model, batch)
-        result.loss.backward()
+        result.losses["token"].backward()
         losses.append(
-            (batch.n_targets, result.loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None])
+            (
+                batch.n_targets,
+                result.losses["token"].detach(),
+                [p.grad.clone() for p in model.parameters() if p.grad is not None],
+            )
         )
     (n, loss, grads), (m, alone, grads_alone) = losses
     assert n == m == 9
@@ -108,10 +115,10 @@ def test_the_loss_of_a_pack_is_the_sum_over_its_documents(config: object) -> Non
 def test_the_sums_hold_the_plain_nll() -> None:
     model, batch = built(llama()), collate([[5, 6, 7, EOS, 9, 10]], seq_len=5)
     plain, both = objective().loss(model, batch), objective(label_smoothing=0.2, z_loss=1e-3).loss(model, batch)
-    assert plain.sums.keys() == {"nll"}
-    assert both.sums.keys() == {"nll", "z_loss"}
-    torch.testing.assert_close(plain.sums["nll"], plain.loss.detach())
-    torch.testing.assert_close(both.sums["nll"], plain.loss.detach())
+    assert plain.sums.keys() == {"nll", "n_correct"}
+    assert both.sums.keys() == {"nll", "n_correct", "z_loss"}
+    torch.testing.assert_close(plain.sums["nll"], plain.losses["token"].detach())
+    torch.testing.assert_close(both.sums["nll"], plain.losses["token"].detach())
     assert float(both.sums["z_loss"]) > 0
     assert not any(value.requires_grad for value in both.sums.values())
 
@@ -124,7 +131,7 @@ def test_even_predictions_lose_log_v_a_target() -> None:
     with torch.no_grad():
         model.embedding.weight.zero_()
     batch = collate([[5, 6, EOS, 7], [5]], seq_len=3)
-    assert float(objective().loss(model, batch).loss.detach()) == pytest.approx(2 * math.log(61))
+    assert float(objective().loss(model, batch).losses["token"].detach()) == pytest.approx(2 * math.log(61))
 
 
 def test_the_plan_knows_how_many_rows_of_logits_are_held() -> None:

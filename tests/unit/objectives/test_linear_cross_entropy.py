@@ -34,6 +34,10 @@ def plain(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float = 0.0
     return loss + z_loss * logits.float().logsumexp(1)[labels != IGNORE_INDEX].square().sum()
 
 
+def bias(V: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(V, generator=torch.Generator().manual_seed(V), dtype=torch.float64).to(dtype).requires_grad_()
+
+
 def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, leaves))
 
@@ -46,24 +50,28 @@ def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
     st.sampled_from([0.0, 0.1, 0.7]),
     st.sampled_from([0.0, 1e-2]),
     st.sampled_from([None, 1, 3, 7, 20]),
+    st.booleans(),
 )
 def test_loss_and_gradients_equal_the_plain_ones(
-    P: int, D: int, V: int, smoothing: float, z_loss: float, chunk_size: int | None
+    P: int, D: int, V: int, smoothing: float, z_loss: float, chunk_size: int | None, biased: bool
 ) -> None:
     """In float64, where nothing but the formula can differ; the upstream gradient is not 1."""
     hidden, weight, labels = inputs(P, D, V, dtype=torch.float64)
+    shift = bias(V, torch.float64) if biased else None
+    leaves = [hidden, weight] if shift is None else [hidden, weight, shift]
     parts = linear_cross_entropy(
-        hidden, weight, labels, label_smoothing=smoothing, z_loss=z_loss, chunk_size=chunk_size
+        hidden, weight, labels, bias_V=shift, label_smoothing=smoothing, z_loss=z_loss, chunk_size=chunk_size
     )
-    logits = F.linear(hidden, weight)
+    logits = F.linear(hidden, weight, shift)
     kept = labels != IGNORE_INDEX
     expected = F.cross_entropy(logits[kept], labels[kept], reduction="sum", label_smoothing=smoothing)
     expected = expected + z_loss * logits[kept].logsumexp(1).square().sum()
     torch.testing.assert_close(parts.loss, expected, atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(parts.nll, F.cross_entropy(logits, labels, reduction="sum"), atol=1e-9, rtol=1e-9)
     torch.testing.assert_close(parts.z_loss, z_loss * logits[kept].logsumexp(1).square().sum(), atol=1e-9, rtol=1e-9)
-    ours = gradients(parts.loss * 0.37, hidden, weight)
-    for own, other in zip(ours, gradients(expected * 0.37, hidden, weight), strict=True):
+    assert int(parts.n_correct) == int((logits.argmax(1) == labels).sum())
+    ours = gradients(parts.loss * 0.37, *leaves)
+    for own, other in zip(ours, gradients(expected * 0.37, *leaves), strict=True):
         torch.testing.assert_close(own, other, atol=1e-9, rtol=1e-9)
 
 
@@ -71,10 +79,11 @@ def test_loss_and_gradients_equal_the_plain_ones(
 def test_gradcheck(smoothing: float, z_loss: float) -> None:
     hidden, weight, labels = inputs(7, 3, 5, dtype=torch.float64)
 
-    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden, weight, labels, label_smoothing=smoothing, z_loss=z_loss, chunk_size=2).loss
+    def loss(hidden: Tensor, weight: Tensor, bias_V: Tensor) -> Tensor:
+        form = {"label_smoothing": smoothing, "z_loss": z_loss, "chunk_size": 2}
+        return linear_cross_entropy(hidden, weight, labels, bias_V=bias_V, **form).loss  # type: ignore[arg-type]
 
-    assert torch.autograd.gradcheck(loss, (hidden, weight))
+    assert torch.autograd.gradcheck(loss, (hidden, weight, bias(5, torch.float64)))
 
 
 @pytest.mark.parametrize("chunk_size", [None, 100])
@@ -86,6 +95,38 @@ def test_fp32_is_as_exact_as_the_plain_one(chunk_size: int | None) -> None:
     pairs = zip(gradients(ours, hidden, weight), gradients(expected, hidden, weight), strict=True)
     for own, other in pairs:
         assert float((own - other).abs().max()) <= 1e-6 * float(other.abs().max())
+
+
+def test_a_bias_is_added_in_fp32_under_bf16_autocast() -> None:
+    """Products are rounded to bf16, the bias is not: a bias too small for the grid of the logits still counts."""
+    hidden, weight, labels = inputs(300, 48, 311, ignored=0)
+    shift = (2e-4 * torch.arange(311)).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        parts = linear_cross_entropy(hidden, weight, labels, bias_V=shift, chunk_size=100, label_smoothing=0.1)
+        logits = F.linear(hidden, weight)
+    expected = F.cross_entropy(logits.float() + shift, labels, reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(parts.loss, expected, atol=0, rtol=1e-6)
+    (own,), (other,) = gradients(parts.loss, shift), gradients(expected, shift)
+    assert own.dtype == torch.float32
+    assert float((own - other).abs().max()) <= 1e-5 * float(other.abs().max())
+
+
+def test_the_bias_of_a_bf16_model_gets_its_gradient_summed_in_fp32() -> None:
+    hidden, weight = torch.ones(4096, 1, dtype=torch.bfloat16), torch.zeros(2, 1, dtype=torch.bfloat16)
+    shift = torch.zeros(2, dtype=torch.bfloat16, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.int64), bias_V=shift, chunk_size=1).loss
+    (gradient,) = gradients(loss, shift)
+    assert gradient.dtype == torch.bfloat16
+    assert gradient.tolist() == [-2048.0, 2048.0]
+
+
+def test_correct_rows_are_those_whose_label_has_the_largest_logit() -> None:
+    """Two right, one wrong, one not labelled; the bias takes part."""
+    hidden, weight = torch.eye(4, 3), torch.eye(3, 3)
+    labels = torch.tensor([0, 1, 0, IGNORE_INDEX])
+    assert int(linear_cross_entropy(hidden, weight, labels).n_correct) == 2
+    assert int(linear_cross_entropy(hidden, weight, labels, bias_V=torch.tensor([2.0, 0, 0])).n_correct) == 2
+    assert int(linear_cross_entropy(hidden, weight, labels, bias_V=torch.tensor([0.0, 0, 2])).n_correct) == 0
 
 
 def test_bf16_autocast_keeps_the_loss_in_fp32() -> None:
@@ -139,7 +180,7 @@ def test_no_targets_give_zero_and_zero_gradients(P: int) -> None:
     hidden, weight, _ = inputs(P, 4, 6)
     labels = torch.full((P,), IGNORE_INDEX)
     parts = linear_cross_entropy(hidden, weight, labels, label_smoothing=0.1, z_loss=0.1)
-    assert [float(part.detach()) for part in parts] == [0.0, 0.0, 0.0]
+    assert [float(part.detach()) for part in parts] == [0.0, 0.0, 0.0, 0.0]
     assert all(not g.any() for g in gradients(parts.loss, hidden, weight))
 
 
@@ -185,6 +226,11 @@ def test_a_frozen_side_gets_no_gradient() -> None:
     torch.testing.assert_close(
         gradients(linear_cross_entropy(hidden.detach(), weight, labels).loss, weight)[0], expected[1]
     )
+    shift = torch.zeros(6, requires_grad=True)
+    loss = linear_cross_entropy(hidden.detach(), weight.detach(), labels, bias_V=shift).loss
+    logits = F.linear(hidden, weight).detach() + shift
+    expected_shift = gradients(F.cross_entropy(logits, labels, reduction="sum"), shift)[0]
+    torch.testing.assert_close(gradients(loss, shift)[0], expected_shift)
 
 
 def test_a_second_backward_gives_the_same() -> None:

@@ -1,4 +1,4 @@
-"""Text from a model: greedy or sampled, alone, in a batch, or streamed.
+"""Text from a decoder or an encoder-decoder: greedy or sampled, alone, in a batch, or streamed.
 
 The order of the filters is that of ``transformers``: repetition penalty, temperature, top-k, top-p. A row's result
 depends on its prompt and the seed only, not on the other rows: each row has its own random numbers, one a token.
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmkit.errors import NumericsError
 from llmkit.interfaces import NO_DOCUMENT, Tokenizer
+from llmkit.seq2seq_generation import Seq2SeqModel, condition
 from llmkit.settings import GenerationConfig
 
 log = logging.getLogger("llmkit.generation")
@@ -44,8 +45,20 @@ class LanguageModel(Protocol):
     def modules(self) -> Iterator[torch.nn.Module]: ...
 
 
+class Vocabulary(Protocol):
+    """Of a tokenizer, what it takes to read ids as they come."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def pad_id(self) -> int: ...
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
 def generate(
-    model: LanguageModel,
+    model: LanguageModel | Seq2SeqModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     settings: GenerationConfig,
@@ -55,12 +68,13 @@ def generate(
     """The continuation of each prompt, without the prompt, up to the end token, a stop text or a limit.
 
     A prompt longer than the model's window loses its beginning, and a full window ends a row: both with a warning that
-    says how many. Equal prompts get different samples. Raises ``NumericsError`` when the model gives NaN.
+    says how many. An encoder-decoder reads the prompt with its encoder (see ``seq2seq_generation``). Equal prompts get
+    different samples. Raises ``NumericsError`` when the model gives NaN.
     """
-    rows = _read_prompts(tokenizer, prompts, model.max_seq_len, settings.max_new_tokens)
-    streams = [_text_stream(tokenizer, row, settings, model.max_seq_len) for row in rows]
+    writer, reader, rows = _prepare(model, tokenizer, prompts, settings, device)
+    streams = [_text_stream(reader, row, settings, model.max_seq_len) for row in rows]
     texts = [""] * len(rows)
-    with _evaluating(model), closing(_tokens(model, rows, prompts, tokenizer, settings, device)) as steps:
+    with _evaluating(writer), closing(_tokens(writer, rows, prompts, reader, settings, device)) as steps:
         while not all(stream.ended for stream in streams):
             for i, token in enumerate(next(steps)):
                 texts[i] += streams[i].feed(token)
@@ -69,7 +83,7 @@ def generate(
 
 
 def stream(
-    model: LanguageModel,
+    model: LanguageModel | Seq2SeqModel,
     tokenizer: Tokenizer,
     prompt: str,
     settings: GenerationConfig,
@@ -77,15 +91,28 @@ def stream(
     device: torch.device | str,
 ) -> Iterator[str]:
     """What ``generate`` gives for the prompt, in pieces as soon as they are certain (see ``TextStream``)."""
-    rows = _read_prompts(tokenizer, [prompt], model.max_seq_len, settings.max_new_tokens)
-    text = _text_stream(tokenizer, rows[0], settings, model.max_seq_len)
-    with _evaluating(model), closing(_tokens(model, rows, [prompt], tokenizer, settings, device)) as steps:
+    writer, reader, rows = _prepare(model, tokenizer, [prompt], settings, device)
+    text = _text_stream(reader, rows[0], settings, model.max_seq_len)
+    with _evaluating(writer), closing(_tokens(writer, rows, [prompt], reader, settings, device)) as steps:
         while not text.ended:
             if piece := text.feed(next(steps)[0]):
                 yield piece
     _report_full([text], settings.max_new_tokens)
     if piece := text.finish():
         yield piece
+
+
+def _prepare(
+    model: LanguageModel | Seq2SeqModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    settings: GenerationConfig,
+    device: torch.device | str,
+) -> tuple[LanguageModel, Vocabulary, list[list[int]]]:
+    """What writes, what reads the ids, and the rows that are continued."""
+    if isinstance(model, Seq2SeqModel):
+        return condition(model, tokenizer, prompts, device)
+    return model, tokenizer, _read_prompts(tokenizer, prompts, model.max_seq_len, settings.max_new_tokens)
 
 
 # -- text -----------------------------------------------------------------------------------------------------------
@@ -97,7 +124,7 @@ class TextStream:
     Held back are the bytes of an unfinished character, and text that may turn out to be the beginning of a stop text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str], limit: int) -> None:
+    def __init__(self, tokenizer: Vocabulary, prompt_ids: Sequence[int], stop: Sequence[str], limit: int) -> None:
         self._tokenizer, self._stop = tokenizer, [text for text in stop if text]
         self._ids = list(prompt_ids)
         self._shown = len(self._ids)  # ids before it are in the text that was given out
@@ -152,7 +179,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-def _text_stream(tokenizer: Tokenizer, row: list[int], settings: GenerationConfig, max_seq_len: int) -> TextStream:
+def _text_stream(tokenizer: Vocabulary, row: list[int], settings: GenerationConfig, max_seq_len: int) -> TextStream:
     room = max_seq_len - len(row) + 1  # the last new token need not be read
     return TextStream(tokenizer, row, settings.stop, min(settings.max_new_tokens, room))
 
@@ -205,7 +232,7 @@ def _tokens(
     model: LanguageModel,
     rows: Sequence[Sequence[int]],
     prompts: Sequence[str],
-    tokenizer: Tokenizer,
+    tokenizer: Vocabulary,
     settings: GenerationConfig,
     device: torch.device | str,
 ) -> Generator[list[int], None, None]:

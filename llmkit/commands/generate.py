@@ -1,10 +1,10 @@
-"""``llmkit generate``: continue prompts with a trained model."""
+"""``llmkit generate``: continue prompts with a trained model, or fill the masks in them."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from llmkit.engine.device import AUTOCAST_DTYPE, pick_device, set_threads
 from llmkit.engine.init import resolve_init
 from llmkit.errors import ConfigError, DataError
 from llmkit.generation import generate, stream
+from llmkit.mask_filling import Candidates, fill_masks
 from llmkit.models.hf import load_model
 from llmkit.tokenizers.load import load_tokenizer
 from llmkit.tracking.logs import visible
@@ -32,16 +33,27 @@ def run(cfg: GenerateConfig, args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, device=device, dtype=AUTOCAST_DTYPE.get(cfg.engine.precision, torch.float32))
     check_vocabulary(tokenizer.vocab_size, model.config.vocab_rows)
-    if len(prompts) == 1 and sys.stdout.isatty():
+    if model.config.kind != "encoder" and len(prompts) == 1 and sys.stdout.isatty():
         _show(prompts[0], stream(model, tokenizer, prompts[0], cfg.generation, device=device))
         return 0
     size = cfg.engine.micro_batch_size
     for start in range(0, len(prompts), size):
         batch = prompts[start : start + size]
-        texts = generate(model, tokenizer, batch, cfg.generation, device=device)
-        for i, (prompt, text) in enumerate(zip(batch, texts, strict=True), start):
-            print(f"{SEPARATOR}\n{prompt}{text}" if i else f"{prompt}{text}", flush=True)
+        if model.config.kind == "encoder":
+            answers = [_fillings(masks) for masks in fill_masks(model, tokenizer, batch, cfg.candidates, device=device)]
+        else:
+            answers = generate(model, tokenizer, batch, cfg.generation, device=device)
+            if model.config.kind == "encoder_decoder":
+                answers = [f"\n  {answer}" for answer in answers]  # a text of its own, not the end of the prompt
+        for i, (prompt, answer) in enumerate(zip(batch, answers, strict=True), start):
+            print(f"{SEPARATOR}\n{prompt}{answer}" if i else f"{prompt}{answer}", flush=True)
     return 0
+
+
+def _fillings(masks: Sequence[Candidates]) -> str:
+    """A line a mask under its prompt: what may stand there, likeliest first."""
+    shown = ("  ".join(f"{visible(text)} {probability:.3f}" for text, probability in mask) for mask in masks)
+    return "".join(f"\n  mask {number}: {line}" for number, line in enumerate(shown, 1))
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:

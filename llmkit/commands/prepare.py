@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from llmkit.config.build import build
+from llmkit.data.datasets import needs_sentences
 from llmkit.data.prepare import PreparedData, prepare
 from llmkit.engine.init import resolve_init
 from llmkit.engine.stop import leave_on_signal
@@ -32,6 +33,7 @@ def run(cfg: PrepareConfig | PretrainConfig, args: argparse.Namespace) -> int:
             tokenizer=None if init is None else load_tokenizer(init),
             load=load_tokenizer,
             report=tokenizer_report,
+            sentences=needs_sentences(build(cfg.objective)),
             progress=True,
             verify=True,
         )

@@ -9,16 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch.optim import Optimizer
 
 from llmkit.config.build import build
 from llmkit.config.schema import PretrainConfig
+from llmkit.data.datasets import counts_of, dataset_for, needs_sentences
 from llmkit.data.loader import TrainBatches, check_enough, check_vocabulary, eval_batches
 from llmkit.data.prepare import PreparedData, prepare
 from llmkit.data.sampler import SampleOrder
-from llmkit.data.token_shards import WindowDataset
 from llmkit.engine.checkpoint import Checkpoint, CheckpointStore
 from llmkit.engine.device import device_name, make_accelerator
 from llmkit.engine.evaluate import TrainModule
@@ -31,9 +29,9 @@ from llmkit.engine.recorder import Recorder
 from llmkit.engine.throughput import peak_flops
 from llmkit.engine.trainer import Trainer
 from llmkit.errors import CheckpointError, ConfigError, DataError
-from llmkit.interfaces import Batch, Objective, RunInfo, Tokenizer
-from llmkit.models.decoder import Decoder
+from llmkit.interfaces import Batch, ModelConfig, Objective, Row, RunInfo, SequenceDataset, TokenIds, Tokenizer
 from llmkit.models.hf import load_model, save_model
+from llmkit.objectives.pairing import flops_per_token, misfit
 from llmkit.settings import EngineConfig
 from llmkit.tokenizers.load import load_tokenizer
 from llmkit.tokenizers.report import tokenizer_report
@@ -41,7 +39,7 @@ from llmkit.tracking.logs import log_to
 
 log = logging.getLogger("llmkit.training")
 
-Collate = Callable[[Sequence[NDArray[np.int64]]], Batch]
+Collate = Callable[[Sequence[Row]], Batch]
 
 
 @dataclass(frozen=True)
@@ -51,6 +49,24 @@ class Text:
     prepared: PreparedData
     tokenizer: Tokenizer
     init: Path | None  # the model folder to start from
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The rows of both splits; ``train`` has one item a source."""
+
+    train: tuple[SequenceDataset, ...]
+    val: SequenceDataset | None
+
+
+def open_datasets(prepared: PreparedData, objective: Objective, seq_len: int) -> Datasets:
+    """Prepared text as the objective reads it."""
+    val = None if prepared.val is None else dataset_for(objective, prepared.val, seq_len)
+    train = tuple(dataset_for(objective, shards, seq_len) for shards in prepared.train)
+    for dataset in train:
+        if counts := counts_of(dataset):
+            log.info("training pairs: %s", counts)
+    return Datasets(train, val)
 
 
 def start_recorder(cfg: PretrainConfig, folder: Path, is_main: bool) -> Recorder:
@@ -64,18 +80,20 @@ def start_recorder(cfg: PretrainConfig, folder: Path, is_main: bool) -> Recorder
 def load_text(cfg: PretrainConfig, *, progress: bool) -> Text:
     """Tokenizer and token shards, from the cache where their inputs are unchanged."""
     init = None if cfg.init is None else resolve_init(cfg.init)
+    objective: Objective = build(cfg.objective)
     prepared = prepare(
         cfg.data,
         None if init else build(cfg.tokenizer),
         tokenizer=None if init is None else load_tokenizer(init),
         load=load_tokenizer,
         report=tokenizer_report,
+        sentences=needs_sentences(objective),
         progress=progress,
     )
     return Text(prepared, load_tokenizer(prepared.tokenizer_folder), init)
 
 
-def load_decoder(cfg: PretrainConfig, text: Text, checkpoint: Checkpoint | None) -> Decoder:
+def starting_model(cfg: PretrainConfig, text: Text, checkpoint: Checkpoint | None) -> Any:
     """The model of the checkpoint, of ``init``, or a fresh one from ``model`` and the seed."""
     if checkpoint is not None:
         model = load_model(checkpoint.model)
@@ -136,35 +154,43 @@ def engine_for(engine: EngineConfig, world_size: int, checkpoint: Checkpoint | N
     return replace(engine, grad_accum_steps=accum)
 
 
-def collator(objective: Objective, tokenizer: Tokenizer, seq_len: int) -> Collate:
-    """Token windows to a batch, the way this objective and tokenizer want it."""
-    return partial(objective.collate, seq_len=seq_len, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+def check_trainable(objective: Objective, config: ModelConfig) -> None:
+    """Raise ConfigError when the objective is not one for this model."""
+    if problem := misfit(objective, config):
+        what, fix = problem
+        raise ConfigError(what, where="objective", fix=fix or "choose another objective, or another model or init")
+
+
+def check_symbols(objective: Objective, ids: TokenIds, seq_len: int) -> None:
+    """Raise ConfigError when the vocabulary lacks a symbol that the objective writes."""
+    if problem := objective.lacks(ids, seq_len):
+        what, fix = problem
+        raise ConfigError(what, where="tokenizer", fix=fix)
 
 
 def train_batches(
-    cfg: PretrainConfig, text: Text, seq_len: int, engine: EngineConfig, collate: Collate, rank: int, world_size: int
+    cfg: PretrainConfig, datasets: Datasets, engine: EngineConfig, collate: Collate, rank: int, world_size: int
 ) -> TrainBatches:
-    """This rank's share of the training windows, in an order that no number of ranks changes."""
-    windows = tuple(WindowDataset(shards, seq_len) for shards in text.prepared.train)
+    """This rank's share of the training rows, in an order that no number of ranks changes."""
     weights = None if cfg.data.weights is None else tuple(cfg.data.weights)
-    order = SampleOrder(tuple(w.n_sequences for w in windows), weights, cfg.run.seed)
+    order = SampleOrder(tuple(data.n_sequences for data in datasets.train), weights, cfg.run.seed)
     check_enough(order.n_samples, global_batch_size(engine, world_size))
-    return TrainBatches(windows, order, collate, engine.micro_batch_size, engine.grad_accum_steps, rank, world_size)
+    sizes = engine.micro_batch_size, engine.grad_accum_steps
+    return TrainBatches(datasets.train, order, collate, *sizes, rank, world_size)
 
 
 def val_loader(
-    cfg: PretrainConfig, text: Text, seq_len: int, collate: Collate, rank: int, world_size: int
+    cfg: PretrainConfig, datasets: Datasets, collate: Collate, rank: int, world_size: int
 ) -> Callable[[], Iterator[Batch]] | None:
-    """A fresh pass over the validation windows at each call; None when there is no validation text."""
-    if text.prepared.val is None:
+    """A fresh pass over the validation rows at each call; None when there is no validation text."""
+    if datasets.val is None:
         return None
-    windows = WindowDataset(text.prepared.val, seq_len)
     size = cfg.engine.eval_batch_size or cfg.engine.micro_batch_size
-    return partial(eval_batches, windows, collate, size, rank, world_size)
+    return partial(eval_batches, datasets.val, collate, size, rank, world_size)
 
 
 def describe_run(
-    cfg: PretrainConfig, text: Text, folder: Path, model: Decoder, batch_size: int, n_sequences: int
+    cfg: PretrainConfig, text: Text, folder: Path, model: Any, batch_size: int, n_sequences: int
 ) -> RunInfo:
     """What the trackers, the callbacks and the checkpoints say of this run."""
     seq_len = cfg.data.window(model.config.max_seq_len)
@@ -185,7 +211,7 @@ def describe_run(
 
 
 def checkpoint_writer(
-    store: CheckpointStore, recorder: Recorder, text: Text, model: Decoder
+    store: CheckpointStore, recorder: Recorder, text: Text, model: Any
 ) -> Callable[[Trainer, bool], None]:
     """The trainer's ``save``: weights as a Hugging Face folder, optimizer, progress; published by one rename."""
 
@@ -214,7 +240,7 @@ def checkpoint_writer(
     return save
 
 
-def build_optimizer(node: Mapping[str, Any], model: Decoder) -> Optimizer:
+def build_optimizer(node: Mapping[str, Any], model: Any) -> Optimizer:
     """The ``optim`` node: an llmkit optimizer, or any of ``torch.optim`` with the same two parameter groups."""
     spare_compiler_import()
     if node["_target_"].startswith("torch.optim."):
@@ -236,16 +262,19 @@ def make_trainer(
         facts={"run": cfg.run.name, "config_hash": config_hash(asdict(cfg))},
     )
     checkpoint = newest_checkpoint(store, cfg, data_key)
-    model = load_decoder(cfg, text, checkpoint)
+    model = starting_model(cfg, text, checkpoint)
     n_kept = cfg.engine.keep_last + cfg.engine.keep_best + 1  # one more while the newest is being written
     store.check_space(n_kept * 3 * 4 * model.config.n_params())  # fp32 weights and two moments
     accelerator = make_accelerator(cfg.engine)
     rank, world_size = accelerator.process_index, accelerator.num_processes
     engine = engine_for(cfg.engine, world_size, checkpoint)
-    objective = build(cfg.objective)
-    seq_len = cfg.data.window(model.config.max_seq_len)
-    collate = collator(objective, text.tokenizer, seq_len)
-    batches = train_batches(cfg, text, seq_len, engine, collate, rank, world_size)
+    objective: Objective = build(cfg.objective)
+    check_trainable(objective, model.config)
+    seq_len, ids = cfg.data.window(model.config.max_seq_len), text.tokenizer.token_ids()
+    check_symbols(objective, ids, seq_len)
+    datasets = open_datasets(text.prepared, objective, seq_len)
+    collate = partial(objective.collate, seq_len=seq_len, ids=ids)
+    batches = train_batches(cfg, datasets, engine, collate, rank, world_size)
     batch_size = global_batch_size(engine, world_size)
     run = describe_run(cfg, text, folder, model, batch_size, batches.order.n_samples)
     trainer = Trainer(
@@ -257,15 +286,16 @@ def make_trainer(
         seed=cfg.run.seed,
         global_batch_size=batch_size,
         load_step=batches.step,
-        val_batches=val_loader(cfg, text, seq_len, collate, rank, world_size),
-        val_bytes=0 if text.prepared.val is None else text.prepared.val.n_bytes,
+        val_batches=val_loader(cfg, datasets, collate, rank, world_size),
+        val_bytes=0 if datasets.val is None else datasets.val.n_bytes,
         record=recorder,
         save=checkpoint_writer(store, recorder, text, model),
         stop_requested=stop_requested,
         callbacks=[build(node, tokenizer=text.tokenizer) for node in cfg.callbacks.values()],
         run=run,
         meter=Meter(
-            model.config.flops_per_token(seq_len),
+            objective.metrics,
+            flops_per_token(objective, model.config, seq_len),
             peak_flops(device_name(accelerator.device), engine.precision),
             world_size,
             accelerator.device.type,

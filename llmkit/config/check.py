@@ -90,7 +90,9 @@ class _Checker:
             return BROKEN
         if hint == NODES:
             return self.nodes(path, raw)
-        if hint == Node:
+        if hint == Node | None and raw in (None, MISSING):  # a group of which no option was chosen
+            return None
+        if hint in (Node, Node | None):
             return self.node(path, raw)
         if is_dataclass(hint) and isinstance(hint, type):
             return self.section(f"{path}.", hint, raw)

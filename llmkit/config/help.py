@@ -13,7 +13,7 @@ from llmkit.config.build import TARGET, is_node
 from llmkit.config.check import MISSING, config_error
 from llmkit.config.choices import Choices
 from llmkit.config.compose import Composed, compose
-from llmkit.config.schema import ROOTS
+from llmkit.config.schema import ROOTS, Node
 from llmkit.config.targets import config_fields, is_late, resolve
 from llmkit.config.values import describe
 from llmkit.config.yaml_file import dump
@@ -37,19 +37,22 @@ def config_help(command: str, overrides: Sequence[str], config_dir: Path | None)
 
 
 def _groups(command: str, config_dir: Path | None, composed: Composed) -> Iterator[str]:
-    """One line a group: its options, the chosen one first."""
+    """A group and its options, the chosen one first."""
     yield "groups (group=option):"
     for group, options in Choices(command, config_dir).options.items():
         chosen = composed.chosen.get(group)
         rest = [option for option in options if option != chosen]
-        yield f"  {group:<10} {f'[{chosen}] ' if chosen else ''}{' '.join(rest)}"
+        options_text = f"{f'[{chosen}] ' if chosen else ''}{' '.join(rest)}"
+        yield textwrap.fill(f"  {group:<10} {options_text}", _WIDTH, subsequent_indent=" " * 13, break_on_hyphens=False)
 
 
 def _keys(composed: Composed) -> Iterator[str]:
     yield "keys (key=value): value now, meaning, and what they take in brackets"
     hints = get_type_hints(ROOTS[composed.command], include_extras=True)
     for field in fields(ROOTS[composed.command]):
-        yield from _part(composed, field.name, hints[field.name], composed.plain.get(field.name))
+        hint, value = hints[field.name], composed.plain.get(field.name)
+        if hint != Node | None or is_node(value):  # else a group of which no option was chosen
+            yield from _part(composed, field.name, hint, value)
 
 
 def _part(composed: Composed, path: str, hint: Any, value: Any) -> Iterator[str]:

@@ -38,11 +38,8 @@ def parse(text: str, *, sweep: bool = False) -> Override | Problem:
         return _not_an_override(text)
     if not key.strip("+~"):
         return Problem(text[:80], "an argument needs a key before '='", COMMAND_LINE)
-    hydra = text
-    parsed = _hydra_parse(hydra)
-    if parsed is None:
-        hydra = f"{key}={quoted(raw)}"
-        parsed = _hydra_parse(hydra)
+    spellings = (text, f"{key}={_quoted_list(raw)}", f"{key}={quoted(raw)}")
+    hydra, parsed = next(((words, found) for words in spellings if (found := _hydra_parse(words))), ("", None))
     if parsed is None:
         return Problem(key, "not a config key", COMMAND_LINE, "keys are words joined by dots, as in optim.lr=1e-3")
     name = key.lstrip("+~").strip()
@@ -84,6 +81,12 @@ def quoted(raw: str) -> str:
     """``raw`` as a quoted string of the grammar, where a backslash escapes only quotes and runs before a quote."""
     escaped = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", raw)
     return "'" + re.sub(r"(\\+)$", lambda match: match[1] * 2, escaped) + "'"
+
+
+def _quoted_list(raw: str) -> str:
+    """A plain list with each item quoted: ``[<mask>,<s>]`` holds signs that the grammar has no use for."""
+    items = re.fullmatch(r"\[([^\[\]{}'\"]*)\]", raw.strip())
+    return "[" + ",".join(quoted(item.strip()) for item in items[1].split(",")) + "]" if items else raw
 
 
 def _sweep_values(parsed: Any) -> tuple[str, ...]:

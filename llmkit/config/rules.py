@@ -8,9 +8,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from llmkit.config.choices import recipes_dir
 from llmkit.config.compose import Composed
 from llmkit.config.resume import resume_problems
+from llmkit.config.targets import resolve
+from llmkit.config.yaml_file import read_yaml
 from llmkit.errors import Problem
+from llmkit.objectives.pairing import misfit
+from llmkit.tokenizers.vocabulary import find_roles
 
 _RUN_NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,128}")
 _DEVICE = re.compile(r"(auto|cpu|mps|(cuda|xpu)(:\d+)?)", re.ASCII)
@@ -126,9 +131,37 @@ def weights(view: View) -> Iterator[Problem]:
         yield view.problem("data.weights", f"every weight must be above 0, is {shares}")
 
 
+def trainable(view: View) -> Iterator[Problem]:
+    """An objective and a model that have nothing to do with each other."""
+    objective, model = view.objects["objective"], view.objects["model"]
+    if view["init"] is None and (problem := misfit(objective, model)):
+        what, fix = problem
+        fits = "|".join(name for name, cls in targets_in("objective") if model.kind in cls.trains)
+        models = "|".join(name for name, cls in targets_in("model") if cls.kind in objective.trains)
+        yield view.problem("objective", what, fix or f"objective={fits}, or model={models}")
+
+
+def symbols(view: View) -> Iterator[Problem]:
+    """What the objective writes into the text must be in the vocabulary that is going to be trained."""
+    names = view.objects["tokenizer"].symbols() if view["init"] is None else None
+    if names is not None:
+        roles = find_roles({name: number for number, name in enumerate(names)})
+        seq_len = view["data.seq_len"] or view["model.max_seq_len"]
+        if problem := view.objects["objective"].lacks(roles, seq_len):
+            yield view.problem("tokenizer", *problem)
+
+
+def targets_in(group: str) -> Iterator[tuple[str, Any]]:
+    """The options of a group in ``recipes/``, and the class that each names."""
+    for path in sorted((recipes_dir() / group).glob("*.yaml")):
+        yield path.stem, resolve(read_yaml(path).tree["_target_"])
+
+
 def paths(view: View) -> Iterator[Problem]:
     for name in ("data.path", "data.val_path"):
         value = view[name]
+        if name == "data.path" and value == [] and view.composed.command == "evaluate":
+            continue  # the run's own validation text
         if value is not None and (
             not value or any(not path for path in ([value] if isinstance(value, str) else value))
         ):
@@ -168,6 +201,8 @@ RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
     warmup,
     context,
     vocabulary,
+    trainable,
+    symbols,
     weights,
     paths,
     init_decides,

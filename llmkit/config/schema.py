@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from llmkit.settings import DataConfig, DeviceConfig, EngineConfig, GenerationConfig, RunConfig
+from llmkit.settings import DataConfig, DeviceConfig, EngineConfig, GenerationConfig, Range, RunConfig
 
 Node = Mapping[str, Any]  # a ``_target_`` node, checked against the class it names
 
@@ -37,6 +37,7 @@ class PrepareConfig:
     """``llmkit prepare``"""
 
     init: str | None
+    objective: Node
     tokenizer: Node
     data: DataConfig
 
@@ -47,7 +48,8 @@ class EvaluateConfig:
 
     init: str
     data: DataConfig
-    objective: Node
+    objective: Node | None  # None: what the run was trained with, else the usual one of the model's kind
+    pseudo_ppl_tokens: Annotated[int, Range(0)]
     engine: DeviceConfig
 
 
@@ -56,6 +58,7 @@ class GenerateConfig:
     """``llmkit generate``"""
 
     init: str
+    candidates: Annotated[int, Range(1)]
     generation: GenerationConfig
     engine: DeviceConfig
 

@@ -1,14 +1,14 @@
-"""Loss over a validation set: every row exactly once, weighted by tokens, whatever the batch size or world size."""
+"""Metrics over a validation set: every row exactly once, weighted by tokens, whatever the batch size or world size."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from llmkit.interfaces import Batch, LossSum, Model, Objective
-from llmkit.metrics.language_modelling import loss_metrics
+from llmkit.metrics.language_modelling import bits_per_byte, perplexity
 
 SumOverRanks = Callable[[Sequence[float]], list[float]]
 
@@ -26,8 +26,8 @@ class TrainModule(nn.Module):
 
 
 @torch.no_grad()
-def evaluate_loss(
-    module: nn.Module,
+def evaluate(
+    module: TrainModule,
     batches: Iterable[Batch],
     *,
     n_bytes: int,
@@ -42,18 +42,35 @@ def evaluate_loss(
     """
     was_training = module.training
     module.eval()
-    losses: list[Tensor] = []
-    n_targets = 0
+    names, rows = module.objective.sum_names, []
+    counts = {"token": 0, "pair": 0}
     cut_short = False
     try:
         for batch in batches:
             cut_short = should_stop()
             if cut_short:
                 break
-            losses.append(module(batch.to(device, non_blocking=True)).sums["nll"])
-            n_targets += batch.n_targets
+            sums = module(batch.to(device, non_blocking=True)).sums
+            rows.append(torch.stack([sums[name].float() for name in names]))
+            counts = {name: n + batch.counts[name] for name, n in counts.items()}
     finally:
         module.train(was_training)
-    nll = torch.stack(losses).cpu().double().sum().item() if losses else 0.0
-    total_nll, total_targets, n_cut_short = sum_over_ranks([nll, n_targets, cut_short])
-    return None if n_cut_short else loss_metrics(total_nll, int(total_targets), n_bytes)
+    own = torch.stack(rows).cpu().double().sum(0).tolist() if rows else [0.0] * len(names)
+    *totals, n_tokens, n_pairs, n_cut_short = sum_over_ranks([*own, *counts.values(), cut_short])
+    if n_cut_short:
+        return None
+    counts = {"token": int(n_tokens), "pair": int(n_pairs)}
+    return validation_metrics(module.objective, dict(zip(names, totals, strict=True)), counts, n_bytes)
+
+
+def validation_metrics(
+    objective: Objective, sums: dict[str, float], counts: dict[str, int], n_bytes: int
+) -> dict[str, float]:
+    """The objective's metrics, and what follows from the likelihood of the tokens."""
+    metrics = objective.metrics(sums, counts)
+    if counts["token"]:
+        metrics["ppl"] = perplexity(sums["nll"] / counts["token"])
+    if objective.scores_all_text and n_bytes:
+        metrics["bpb"] = bits_per_byte(sums["nll"], n_bytes)
+    metrics |= {"n_targets": counts["token"]} | ({"n_pairs": counts["pair"]} if counts["pair"] else {})
+    return {f"val/{name}": value for name, value in metrics.items()}

@@ -2,7 +2,8 @@
 
 The loss of a step is (sum over trained tokens) / (number of trained tokens over all micro-batches and ranks): the count
 is known before the first forward pass, each micro-batch contributes its sum divided by that count, and because data
-parallelism averages gradients over ranks, the sum is multiplied by the number of ranks first.
+parallelism averages gradients over ranks, the sum is multiplied by the number of ranks first. An objective with losses
+of several kinds (masked tokens, sentence pairs) has a count for each.
 
 Randomness is a function of (seed, step, rank), set anew before each step, and the data order is a function of the
 position, so a resumed run repeats the unbroken one without any generator state in the checkpoint.
@@ -22,23 +23,23 @@ import torch
 from torch import Tensor
 
 from llmkit.engine import optim
-from llmkit.engine.evaluate import TrainModule, evaluate_loss
+from llmkit.engine.evaluate import TrainModule, evaluate
 from llmkit.engine.meter import Meter
 from llmkit.errors import LLMKitError, NumericsError, Stopped
-from llmkit.interfaces import NO_DOCUMENT, Batch, Callback, RunInfo, Schedule
+from llmkit.interfaces import Batch, Callback, RunInfo, Schedule
 from llmkit.settings import EngineConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+OBJECTIVE = "objective"  # the name of what is differentiated, among a step's sums
+
 
 class StepData(Protocol):
-    """This rank's micro-batches of one step, its target count, and the first sample id over all ranks."""
+    """This rank's micro-batches of one step, and the first sample id over all ranks."""
 
     @property
     def batches(self) -> list[Batch]: ...
-    @property
-    def n_targets(self) -> int: ...
     @property
     def first_sample_id(self) -> int: ...
 
@@ -61,9 +62,11 @@ class Progress:
 class StepResult:
     """Sums over all micro-batches and ranks of one step."""
 
-    sums: dict[str, float]  # nats and the like; "nll" and "loss" among them
-    n_targets: int
+    sums: dict[str, float]  # nats and the like
+    counts: dict[str, int]  # targets of each loss
+    objective: float  # what was differentiated: each loss over its count, added up
     n_tokens: int
+    n_computed: int  # tokens and padding
     grad_norm: float
     stop: bool  # some rank was asked to stop
 
@@ -134,7 +137,7 @@ class Trainer:
         progress.step += 1
         progress.position += self.global_batch_size
         progress.n_tokens += result.n_tokens
-        self.meter.add(result.sums, result.n_targets, result.n_tokens, time.perf_counter() - started, data_seconds)
+        self.meter.add(result, time.perf_counter() - started, data_seconds)
         progress.elapsed_seconds = time.perf_counter() - self._clock_zero
         if progress.step % self.engine.log_every == 0 or progress.step == self.max_steps:
             row = {
@@ -152,30 +155,40 @@ class Trainer:
         """Forward, backward, clip, update. Nothing is updated when the loss or the gradient is not finite."""
         step = self.progress.step + 1
         torch.manual_seed(self._seed_of(step))
-        (n_targets,) = self._sum_over_ranks([data.n_targets])
-        totals = self._backward(data.batches, scale=self.accelerator.num_processes / max(n_targets, 1))
+        counts = self._counts(data.batches)
+        totals = self._backward(data.batches, counts)
         max_norm = math.inf if self.engine.max_grad_norm is None else self.engine.max_grad_norm
         norm: Tensor = self.accelerator.clip_grad_norm_(self.parameters, max_norm)
         *sums, grad_norm = torch.stack([*totals.values(), norm.to(torch.float32)]).tolist()  # the step's one sync
-        n_tokens = sum(_count_tokens(batch) for batch in data.batches)
-        *sums, tokens, n_stop = self._sum_over_ranks([*sums, n_tokens, self.stop_requested()])
+        n_tokens, n_computed = (sum(getattr(b, name) for b in data.batches) for name in ("n_tokens", "n_computed"))
+        *sums, tokens, computed, n_stop = self._sum_over_ranks([*sums, n_tokens, n_computed, self.stop_requested()])
         optim.set_lr(self.optimizer, self.schedule.factor(step, self.max_steps))
         named_sums = dict(zip(totals, sums, strict=True))
         if self._may_update(named_sums, grad_norm, data.first_sample_id):
             self.stepper.step()
         self.stepper.zero_grad(set_to_none=True)
-        return StepResult(named_sums, int(n_targets), int(tokens), grad_norm, bool(n_stop))
+        objective = named_sums.pop(OBJECTIVE) / self.accelerator.num_processes
+        return StepResult(named_sums, counts, objective, int(tokens), int(computed), grad_norm, bool(n_stop))
 
-    def _backward(self, batches: Sequence[Batch], scale: float) -> dict[str, Tensor]:
+    def _counts(self, batches: Sequence[Batch]) -> dict[str, int]:
+        """Targets of each loss, over all micro-batches and ranks."""
+        names = batches[0].counts
+        totals = self._sum_over_ranks([sum(batch.counts[name] for batch in batches) for name in names])
+        return {name: int(total) for name, total in zip(names, totals, strict=True)}
+
+    def _backward(self, batches: Sequence[Batch], counts: dict[str, int]) -> dict[str, Tensor]:
         """Gradients of all micro-batches, summed; ranks exchange them with the last one only."""
+        n_ranks = self.accelerator.num_processes
         totals: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             is_last = index == len(batches) - 1
             exchange = contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped)
             with exchange:
-                loss, sums = self.wrapped(batch.to(self.device, non_blocking=True))
-                self.accelerator.backward(loss * scale)
-            for name, value in {"loss": loss, **sums}.items():
+                losses, sums = self.wrapped(batch.to(self.device, non_blocking=True))
+                parts = [loss * (n_ranks / max(counts[name], 1)) for name, loss in losses.items()]
+                objective = sum(parts[1:], parts[0])
+                self.accelerator.backward(objective)
+            for name, value in {OBJECTIVE: objective, **sums}.items():
                 value = value.detach().float()
                 totals[name] = totals[name] + value if name in totals else value
         return totals
@@ -193,7 +206,7 @@ class Trainer:
             return False
         bad = [n for n, p in self.module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
         raise NumericsError(
-            f"step {self.progress.step + 1}: loss sum {sums['loss']}, gradient norm {grad_norm}"
+            f"step {self.progress.step + 1}: loss {sums[OBJECTIVE]}, gradient norm {grad_norm}"
             + (f", {self.progress.skipped_in_a_row} such steps in a row" if skipping else ""),
             where=f"sample {first_sample_id} and the {self.global_batch_size - 1} after it"
             + (f"; first bad gradient: {bad[0].removeprefix('model.')}" if bad else ""),
@@ -206,7 +219,7 @@ class Trainer:
         due = force or self._is_due(self.engine.eval_every)
         if self.val_batches is None or not due or progress.evaluated_step == progress.step:
             return False
-        metrics = evaluate_loss(
+        metrics = evaluate(
             self.module,
             self.val_batches(),
             n_bytes=self.val_bytes,
@@ -288,10 +301,3 @@ class Trainer:
         local = torch.tensor(values, dtype=torch.float64, device=self.device)
         totals: list[float] = self.accelerator.reduce(local, reduction="sum").tolist()
         return totals
-
-
-def _count_tokens(batch: Batch) -> int:
-    """Positions that hold a token; padding is not one."""
-    if batch.document_ids is None:
-        return batch.input_ids.numel()
-    return int((batch.document_ids != NO_DOCUMENT).sum())

@@ -14,8 +14,8 @@ LAYERS = (
     ("cli",),
     ("commands",),
     ("engine", "config"),
-    ("models", "objectives", "tasks", "tokenizers", "data", "generation", "tracking"),
-    ("metrics",),
+    ("models", "objectives", "tasks", "tokenizers", "data", "generation", "mask_filling", "tracking"),
+    ("metrics", "seq2seq_generation"),
     ("interfaces",),
     ("settings", "errors", "redact", ""),
 )

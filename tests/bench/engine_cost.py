@@ -74,19 +74,20 @@ def plain_loop(args: argparse.Namespace) -> dict[str, float]:
     from llmkit.data.token_shards import WindowDataset
     from llmkit.models.hf import load_config
     from llmkit.objectives.causal_lm import CausalLM
+    from llmkit.tokenizers.load import load_tokenizer
 
     checkpoint = args.plain / "checkpoints" / f"step_{args.steps}"
     key = json.loads((checkpoint / "state.json").read_text())["data_key"]
     shards = open_entry(cache_root(None) / key, reused=True, reason="").train[0]
-    windows = WindowDataset(shards, SEQ_LEN)
+    windows = WindowDataset(shards, SEQ_LEN, 1)
     collate = CausalLM(0.0, 0.0, None).collate
+    ids = load_tokenizer(checkpoint / "model").token_ids()
     size = args.sequences
     batches = [
         collate(
-            [windows[(s * size + i) % (windows.n_sequences - 1)] for i in range(size)],
+            [windows.row((s * size + i) % (windows.n_sequences - 1), (), None) for i in range(size)],
             seq_len=SEQ_LEN,
-            eos_id=2,
-            pad_id=3,
+            ids=ids,
         )
         for s in range(args.steps)
     ]

@@ -83,6 +83,8 @@ def shrunk(argv: list[str]) -> list[str]:
     more = [] if has_init or any(a.startswith("tokenizer") for a in argv) else [f"tokenizer.vocab_size={n_ids}"]
     if argv[0] == "pretrain":
         more += [o for o in SHRINK if not (has_init and o.startswith("model."))]
+        if any(a.startswith("recipe=") and "bert" in a for a in argv):
+            more.remove("model.n_kv_heads=2")  # a decoder's
     return [*argv, *more]
 
 

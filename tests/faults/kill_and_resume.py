@@ -73,7 +73,7 @@ def mark_phases(shared: mmap.mmap) -> None:
     for owner, name, phase, after in (
         (training, "load_text", "prepare", "build"),
         (trainer.Trainer, "fit", "step", "end"),
-        (trainer, "evaluate_loss", "eval", ""),
+        (trainer, "evaluate", "eval", ""),
         (CheckpointStore, "save", "save", ""),
         (CheckpointStore, "_retain", "remove", ""),
     ):

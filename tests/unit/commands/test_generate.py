@@ -43,6 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         character_coverage=1.0,
         split_digits=False,
         extra_symbols=[],
+        n_sentinels=0,
         max_train_bytes=10_000,
     )
     tokenizer = spec.train(["the cat sat on the mat and the dog ran"] * 20, folder)
@@ -53,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(folder: Path, precision: str = "fp32") -> GenerateConfig:
     device = DeviceConfig(device="cpu", precision=precision, n_threads=1, micro_batch_size=2)  # type: ignore[arg-type]
-    return GenerateConfig(init=str(folder), generation=SETTINGS, engine=device)
+    return GenerateConfig(init=str(folder), candidates=5, generation=SETTINGS, engine=device)
 
 
 def arguments(prompt: list[str] | None = None, prompt_file: str | None = None) -> argparse.Namespace:

@@ -10,7 +10,7 @@ import pytest
 from llmkit.commands.recipes import listing, recipe_files, run
 from tests.unit.config.helpers import checked
 
-N_RECIPES = 5
+N_RECIPES = 14
 RECIPES = recipe_files(None)
 
 
@@ -32,11 +32,21 @@ def test_the_list_has_a_line_for_each() -> None:
 
 
 def test_published_sizes() -> None:
-    """Radford et al. 2019 count 124 M parameters with 50,257 rows; Zhang et al. 2024 count 1.1 B with 32,000."""
+    """As transformers counts them: 124 M in GPT-2 (Radford et al. 2019), 1.1 B in TinyLlama (Zhang et al. 2024)."""
     from llmkit.config.build import build
 
     small = build(checked("recipe=gpt_small").model | {"vocab_size": 50257})
     assert small.n_params() == 124_439_808
+    encoders = {"bert_base": 30522, "roberta_base": 50265, "modern_bert_base": 50368}
+    sizes = {
+        name: build(checked(f"recipe={name}").model | {"vocab_size": rows}).n_params()
+        for name, rows in encoders.items()
+    }
+    assert sizes["bert_base"] == 110_106_428, "transformers counts as many in BertForPreTraining"
+    assert sizes["roberta_base"] == 124_697_433 - 2 * 768, "and two position rows more, which no token uses"
+    assert sizes["modern_bert_base"] == 149_655_232
+    t5 = build(checked("recipe=t5_small").model | {"vocab_size": 32128})
+    assert t5.n_params() == 76_961_152
     large = build(checked("recipe=llama_1b").model | {"vocab_size": 32000})
     assert large.n_params() == 1_100_048_384
 
@@ -44,6 +54,9 @@ def test_published_sizes() -> None:
 def test_published_batches() -> None:
     cfg = checked("recipe=gpt_small")
     assert cfg.engine.micro_batch_size * cfg.engine.grad_accum_steps * cfg.data.seq_len == 2**19
+    for name, sequences in (("bert_base", 256), ("roberta_base", 8000), ("modern_bert_base", 4608), ("t5_small", 128)):
+        engine = checked(f"recipe={name}").engine
+        assert engine.micro_batch_size * engine.grad_accum_steps == sequences
     cfg = checked("recipe=llama_1b")
     assert cfg.engine.micro_batch_size * cfg.engine.grad_accum_steps * cfg.data.seq_len == 2**21
 

@@ -95,7 +95,7 @@ def test_differences_are_those_from_the_recipe() -> None:
         ("model=lama", "model", "did you mean llama?"),
         ("schedule=zzz", "schedule", "one of constant, cosine"),
         ("data=notes/*.txt", "data", "did you mean data.path=notes/*.txt?"),
-        ("model=null", "model", "one of gpt2, llama"),
+        ("model=null", "model", "one of bart, bert, gpt2, llama"),
         ("recipe=none.yaml", "recipe", ""),
         ("run.name.x=1", "run.name.x", "set run.name as a whole"),
         ("~model", "~model", ""),

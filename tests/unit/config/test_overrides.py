@@ -27,6 +27,7 @@ def value_of(text: str) -> object:
         ("a=null", None),
         ("a=true", True),
         ("a=[1,b c]", [1, "b c"]),
+        ("a=[<mask>,  <s>]", ["<mask>", "<s>"]),
         ("a={b:1}", {"b": 1}),
         ("a=", ""),
         ("data.path=notes/*.txt", "notes/*.txt"),

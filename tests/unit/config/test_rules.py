@@ -17,6 +17,8 @@ BROKEN = {
     "warmup": (["schedule.warmup_steps=201"], "schedule.warmup_steps"),
     "context": (["data.seq_len=512"], "data.seq_len"),
     "vocabulary": (["model.vocab_size=4000"], "model.vocab_size"),
+    "trainable": (["objective=masked_lm", "tokenizer=wordpiece"], "objective"),
+    "symbols": (["objective=fill_in_the_middle"], "tokenizer"),
     "weights": (["data.path=[a,b]", "data.weights=[1]"], "data.weights"),
     "paths": (["data.path=[]"], "data.path"),
     "init_decides": (["init=runs/x", "model.d_model=512"], "model.d_model"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.engine.device import make_accelerator
-from llmkit.engine.evaluate import TrainModule, evaluate_loss
+from llmkit.engine.evaluate import TrainModule, evaluate
 from llmkit.engine.launch import refuse_solo_runs
 from llmkit.engine.meter import Meter
 from llmkit.engine.optim import AdamW
@@ -41,10 +41,16 @@ class Bigram(nn.Module):
 
 
 class PlainLoss:
+    scores_all_text = True
+    sum_names = ("nll",)
+
+    def metrics(self, sums: dict[str, float], counts: dict[str, int]) -> dict[str, float]:
+        return {"loss": sums["nll"] / max(counts["token"], 1)}
+
     def loss(self, model: Bigram, batch: Batch) -> LossSum:
         logits = model.hidden_states(batch).flatten(0, 1)
         nll = nn.functional.cross_entropy(logits, batch.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-        return LossSum(nll, {"nll": nll})
+        return LossSum({"token": nll}, {"nll": nll})
 
 
 def make_batch(sample_ids: Sequence[int]) -> Batch:
@@ -64,7 +70,6 @@ def make_batch(sample_ids: Sequence[int]) -> Batch:
 @dataclass
 class StepRows:
     batches: list[Batch]
-    n_targets: int
     first_sample_id: int
 
 
@@ -74,7 +79,7 @@ def loader(engine: EngineConfig) -> Any:
         batches = [
             make_batch(range(position + m * size, position + (m + 1) * size)) for m in range(engine.grad_accum_steps)
         ]
-        return StepRows(batches, sum(b.n_targets for b in batches), position)
+        return StepRows(batches, position)
 
     return load
 
@@ -125,7 +130,7 @@ def make_trainer(engine: EngineConfig, recorder: Recorder, model: nn.Module, **c
         stop_requested=lambda: recorder.stop_now,
         callbacks=[],
         run=RunInfo("test", Path(), "pretrain", {}, engine.max_steps or 10, {}),
-        meter=Meter(1.0, None, 1, "cpu"),
+        meter=Meter(PlainLoss().metrics, 1.0, None, 1, "cpu"),
     )
     return Trainer(**(options | changes))
 
@@ -165,7 +170,7 @@ def test_micro_batches_do_not_change_the_gradient(size: int, accum: int) -> None
     engine = replace(ENGINE, micro_batch_size=size, grad_accum_steps=accum)
     trainer = make_trainer(engine, Recorder(), Bigram())
     data = trainer.load_step(0)
-    trainer._backward(data.batches, scale=1 / data.n_targets)
+    trainer._backward(data.batches, trainer._counts(data.batches))
     ours, theirs = trainer.module.model.table.weight.grad, reference.table.weight.grad
     assert (ours - theirs).norm() / theirs.norm() < 1e-6
 
@@ -175,7 +180,7 @@ def test_evaluation_does_not_depend_on_the_batch_size() -> None:
     for size in (1, 2, 3, 5, 10):
         ids = list(range(1000, 1010))
         batches = [make_batch(ids[i : i + size]) for i in range(0, 10, size)]
-        metrics = evaluate_loss(TrainModule(Bigram(), PlainLoss()), batches, n_bytes=100, device=torch.device("cpu"))
+        metrics = evaluate(TrainModule(Bigram(), PlainLoss()), batches, n_bytes=100, device=torch.device("cpu"))
         assert metrics is not None
         losses.append(metrics["val/loss"])
     assert losses == pytest.approx([losses[0]] * 5, rel=1e-6)
@@ -241,10 +246,10 @@ class Poisoned(PlainLoss):
         self.bad = make_batch([bad]).input_ids[0]
 
     def loss(self, model: Bigram, batch: Batch) -> LossSum:
-        total, sums = super().loss(model, batch)
+        losses, sums = super().loss(model, batch)
         if (batch.input_ids == self.bad).all(dim=1).any():
-            total = total * math.inf
-        return LossSum(total, sums)
+            losses["token"] = losses["token"] * math.inf
+        return LossSum(losses, sums)
 
 
 def test_nonfinite_loss_stops_before_the_update() -> None:
@@ -277,8 +282,8 @@ def test_nonfinite_loss_is_skipped_by_policy_and_bounded() -> None:
 
     class AlwaysBad(PlainLoss):
         def loss(self, model: Bigram, batch: Batch) -> LossSum:
-            total, sums = super().loss(model, batch)
-            return LossSum(total * math.nan, sums)
+            losses, sums = super().loss(model, batch)
+            return LossSum({"token": losses["token"] * math.nan}, sums)
 
     with pytest.raises(NumericsError, match="2 such steps in a row"):
         make_trainer(engine, Recorder(), model, module=TrainModule(model, AlwaysBad())).fit()
@@ -289,7 +294,7 @@ def test_batch_without_targets_gives_zero_loss() -> None:
     empty = Batch(empty.input_ids, torch.full_like(empty.labels, IGNORE_INDEX), empty.position_ids, None, 0)
     recorder = Recorder()
     trainer = make_trainer(
-        replace(ENGINE, max_steps=1), recorder, Bigram(), load_step=lambda position: StepRows([empty], 0, 0)
+        replace(ENGINE, max_steps=1), recorder, Bigram(), load_step=lambda position: StepRows([empty], 0)
     )
     trainer.fit()
     assert recorder.rows[0][1]["train/loss"] == 0.0

@@ -2,6 +2,7 @@
 
     python -m tests.faults.kill_and_resume --kills 100
     python -m tests.faults.kill_and_resume --kills 60 --signals
+    python -m tests.faults.kill_and_resume --kills 20 --pair next_sentence-bert
 
 SIGKILL is the default; with ``--signals`` SIGTERM, SIGINT and SIGUSR1 take turns, and the exit codes are checked too.
 Attempts are forked from a process that has torch loaded already; ``--fresh`` starts a new interpreter for each of them.
@@ -27,14 +28,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.pairs import PAIRS
+
 PHASES = ("start", "prepare", "build", "step", "eval", "save", "remove", "end")
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CODE_BEFORE_FIRST_STEP = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
 PATIENCE_S = 120.0
 SEQ_LEN, SEQUENCES_A_STEP = 32, 8
 RECIPE = (
-    *("model.d_model=32", "model.n_layers=2", "model.n_heads=2", "model.dropout=0.1", "model.max_seq_len=64"),
-    *(f"data.seq_len={SEQ_LEN}", "data.val_fraction=0.1", "data.n_workers=1", "tokenizer.vocab_size=320"),
+    *("model.dropout=0.1", "model.max_seq_len=64"),
+    *(f"data.seq_len={SEQ_LEN}", "data.val_fraction=0.1", "data.n_workers=1"),
     *("engine.micro_batch_size=4", "engine.grad_accum_steps=2", "engine.n_threads=1", "engine.device=cpu"),
     *("engine.max_steps=60", "engine.eval_every=7", "engine.save_every=5", "engine.log_every=1"),
     *("schedule.warmup_steps=5", "optim.lr=3e-3", "tracking=none", "callbacks=none"),
@@ -50,7 +53,11 @@ def write_corpus(path: Path) -> None:
     """90 documents, no two alike: equal losses cannot hide a repeated batch. The run ends in the second epoch."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 7))) for _ in range(200)]
-    texts = (" ".join(rng.choices(words, k=rng.randint(5, 60))) for _ in range(90))
+
+    def sentence() -> str:
+        return " ".join(rng.choices(words, k=rng.randint(3, 12))).capitalize() + "."
+
+    texts = (" ".join(sentence() for _ in range(rng.randint(1, 7))) for _ in range(90))
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
@@ -300,6 +307,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="decides the moments")
     parser.add_argument("--signals", action="store_true", help="SIGTERM, SIGINT and SIGUSR1 instead of SIGKILL")
     parser.add_argument("--fresh", action="store_true", help="a new interpreter for every attempt")
+    parser.add_argument("--pair", choices=PAIRS, default="causal_lm-gpt2", help="objective and family")
     parser.add_argument("--keep", type=Path, help="work in this folder and leave it there")
     args, overrides = parser.parse_known_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -310,7 +318,7 @@ def main() -> int:
             for name in LOADED_BEFORE:
                 importlib.import_module(name)
         rng = random.Random(args.seed)
-        return Experiment(folder, args.kills, rng, args.signals, args.fresh, overrides).run()
+        return Experiment(folder, args.kills, rng, args.signals, args.fresh, [*PAIRS[args.pair], *overrides]).run()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pairs import PAIRS
+
 REPO = Path(__file__).parents[2]
 
 
@@ -26,6 +28,12 @@ def test_a_few_kills() -> None:
 @pytest.mark.slow
 def test_a_hundred_kills() -> None:
     _run("--kills", "100")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", PAIRS)
+def test_twenty_kills_of_every_objective(pair: str) -> None:
+    _run("--kills", "20", "--pair", pair)
 
 
 @pytest.mark.slow

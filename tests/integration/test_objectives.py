@@ -13,35 +13,13 @@ import pytest
 
 from llmkit.cli import main
 from llmkit.tracking.jsonl import read_metrics
+from tests.pairs import PAIRS
 
-BPE = ["tokenizer=bpe", "tokenizer.vocab_size=320"]
-WORDPIECE = ["tokenizer=wordpiece", "tokenizer.vocab_size=90"]
-T5_TOKENS = ["tokenizer=bpe", "tokenizer.vocab_size=380", "tokenizer.n_sentinels=30"]
-FIM_TOKENS = [*BPE, "tokenizer.extra_symbols=[<fim_prefix>,<fim_suffix>,<fim_middle>]"]
-TRANSFORMER = ["model.d_model=32", "model.n_layers=2", "model.n_heads=2"]
-LSTM = ["model.d_model=32", "model.n_layers=1"]
-ENCODER = ["model=bert", *TRANSFORMER, "model.dropout=0.1"]
-
-PAIRS = {
-    "causal_lm-gpt2": ["model=gpt2", *TRANSFORMER, *BPE],
-    "causal_lm-lstm": ["model=lstm", *LSTM, *BPE],
-    "fill_in_the_middle-llama": ["model=llama", "objective=fill_in_the_middle", *TRANSFORMER, *FIM_TOKENS],
-    "masked_lm-bert": [*ENCODER, "objective=masked_lm", "model.pooler=false", *WORDPIECE],
-    "masked_lm-modern_bert": [
-        *("model=modern_bert", *TRANSFORMER, "model.local_window=8", "objective=masked_lm"),
-        *("objective.whole_word=true", "tokenizer=bpe", "tokenizer.vocab_size=320", "tokenizer.extra_symbols=[<mask>]"),
-    ],
-    "next_sentence-bert": [*ENCODER, "objective=next_sentence", *WORDPIECE],
-    "next_sentence-alone": [*ENCODER, "objective=next_sentence", "objective.masked_lm=false", *WORDPIECE],
-    "sentence_order-albert": [*ENCODER, "objective=sentence_order", "model.share_layers=true", *WORDPIECE],
-    "span_corruption-t5": ["model=t5", "objective=span_corruption", *TRANSFORMER, *T5_TOKENS],
-    "span_corruption-lstm": ["model=lstm_seq2seq", "objective=span_corruption", *LSTM, *T5_TOKENS],
-    "prefix_lm-bart": ["model=bart", "objective=prefix_lm", *TRANSFORMER, *BPE],
-}
 COMMON = [
     "data.seq_len=48",
     "data.n_workers=1",
     "model.max_seq_len=64",
+    "model.dropout=0.1",
     "engine.max_steps=4",
     "engine.n_threads=1",
     "engine.log_every=1",

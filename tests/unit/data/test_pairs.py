@@ -211,6 +211,8 @@ def test_a_row_depends_on_its_seed_alone(tmp_path: Path) -> None:
     assert plain(there) == plain(back[::-1])
     assert plain(there) != plain(epoch_of(one, 7, 3))
     assert plain(there) != plain(epoch_of(one, 8, 2))
+    labels = [np.array([p.label for row in epoch_of(one, 7, n) for p in row.pairs]) for n in (2, 3)]
+    assert 0.3 < (labels[0] == labels[1])[labels[0] != IGNORE_INDEX].mean() < 0.7
     assert [row.seed for row in there] == [(7, 2, 0, i) for i in range(one.n_sequences)]
     assert [row.position for row in there] == list(range(one.n_sequences))
 

@@ -63,7 +63,7 @@ def run(cfg: EvaluateConfig, args: argparse.Namespace) -> int:
         metrics = metrics or {}
         if model.config.kind == "encoder" and cfg.pseudo_ppl_tokens:
             metrics |= pseudo_perplexity(model, shards, ids, seq_len, cfg.pseudo_ppl_tokens, device)
-    if needs_sentences(objective):
+    if needs_sentences(objective) and not cfg.data.path:
         metrics |= audit(prepared, shards, objective, seq_len)
     print(json.dumps({"init": cfg.init, "seq_len": seq_len, **metrics}, indent=2))
     return 0
@@ -132,7 +132,10 @@ def shards_of(cfg: EvaluateConfig, prepared: PreparedData) -> Sequence[TokenShar
 def audit(
     prepared: PreparedData, shards: Sequence[TokenShards], objective: Objective, seq_len: int
 ) -> dict[str, float]:
-    """What a bag of words makes of the same pairs: well above 0.5 means that they can be told without reading."""
+    """What a bag of words, trained on the run's training pairs, makes of the validation pairs.
+
+    Well above 0.5 it means that they can be told without reading.
+    """
     from llmkit.metrics.shortcut_audit import audit_pairs
 
     train = dataset_for(objective, prepared.train[0], seq_len)

@@ -120,7 +120,7 @@ def test_many_odd_characters_take_no_longer_than_others() -> None:
     )
     began = time.process_time()
     for pattern in patterns:
-        text = pattern * (200_000 // len(pattern))
+        text = pattern * (100_000 // len(pattern))
         assert "".join(split_sentences(text)) == text
         assert "".join(split_sentences(text + "a\n")) == text + "a\n"
     assert time.process_time() - began < 30

@@ -27,7 +27,7 @@ from llmkit.engine.evaluate import TrainModule, evaluate
 from llmkit.engine.init import resolve_init
 from llmkit.engine.pseudo_perplexity import pseudo_perplexity
 from llmkit.errors import ConfigError
-from llmkit.interfaces import Objective, Tokenizer
+from llmkit.interfaces import Objective, Tokenizer, TokenizerSpec
 from llmkit.models.hf import load_model
 from llmkit.settings import DataConfig
 from llmkit.tokenizers.load import load_tokenizer
@@ -109,9 +109,19 @@ def text_of(
             what = "there is no text: this model is not a run's, so it has no validation text of its own"
             raise ConfigError(what, where="data.path", fix="data.path=heldout.txt")
         data = DataConfig(**trained["data"])
+        if trained["init"] is None:  # the run trained or opened its tokenizer: the same node finds its cache entry
+            prepared = prepared_text(data, objective, spec=build(trained["tokenizer"]))
+            if load_tokenizer(prepared.tokenizer_folder).fingerprint == tokenizer.fingerprint:
+                return prepared
+    return prepared_text(data, objective, tokenizer=tokenizer)
+
+
+def prepared_text(
+    data: DataConfig, objective: Objective, *, spec: TokenizerSpec | None = None, tokenizer: Tokenizer | None = None
+) -> PreparedData:
     return prepare(
         data,
-        None,
+        spec,
         tokenizer=tokenizer,
         load=load_tokenizer,
         report=tokenizer_report,

@@ -15,6 +15,22 @@ def dense_mask(query_document_ids_BT: Tensor, key_document_ids_BS: Tensor, *, ca
     return same_BTS[:, None]
 
 
+def source_mask(
+    document_ids_BT: Tensor | None, source_ids_BS: Tensor | None, input_ids_BT: Tensor, n_source: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """What target tokens see of the source, B1TS, and which of them see nothing, B1T1; those may look anywhere, so
+    that their softmax is not empty, and what they find is to be zeroed. Without document ids all is document 0."""
+    if document_ids_BT is None and source_ids_BS is None:
+        return None, None
+    if document_ids_BT is None:
+        document_ids_BT = torch.zeros_like(input_ids_BT)
+    if source_ids_BS is None:
+        source_ids_BS = document_ids_BT.new_zeros(document_ids_BT.shape[0], n_source)
+    seen_B1TS = dense_mask(document_ids_BT, source_ids_BS, causal=False)
+    blind_B1T1 = ~seen_B1TS.any(-1, keepdim=True)
+    return seen_B1TS | blind_B1T1, blind_B1T1
+
+
 class LayerCache:
     """Keys and values of one layer, allocated once: B, G, max_len, K."""
 

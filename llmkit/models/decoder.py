@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -13,7 +11,16 @@ from llmkit.interfaces import Batch
 from llmkit.models.attention import Attention, AttentionMask, attention_mask, use_flex
 from llmkit.models.cache import KVCache, LayerCache
 from llmkit.models.config import DecoderConfig
-from llmkit.models.layers import Embedding, FeedForward, Linear, Rotation, build_norm, rotation
+from llmkit.models.layers import (
+    Embedding,
+    FeedForward,
+    Linear,
+    Rotation,
+    build_norm,
+    init_normal,
+    residual_std,
+    rotation,
+)
 
 
 class Block(nn.Module):
@@ -91,23 +98,15 @@ class Decoder(nn.Module):
         hidden_BTD = self._hidden(input_ids_BT, position_ids_BT, document_ids_BT, cache)
         return nn.functional.linear(hidden_BTD[:, -1:] if last_only else hidden_BTD, self.output_weight_VD)
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Normal with ``init_std``; matrices that write to the residual stream divided by sqrt(2 L) if asked for.
 
         GPT-2: 0.02 and the division (Radford et al. 2019, section 2.3; all embeddings 0.02 as ``transformers`` has it).
         Llama: 0.02 without it (the initialisation of ``transformers``; OLMo 2, arXiv 2501.00656, trains with the same).
-        Drawn on the CPU in the order of the parameters, so that a seed gives the same weights on every device.
         """
-        generator = torch.Generator().manual_seed(seed)
-        std = self.config.init_std
-        residual_std = std / math.sqrt(2 * self.config.n_layers) if self.config.residual_init_scale else std
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                chosen = residual_std if name.endswith((".o.weight", ".down.weight")) else std
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, chosen, generator=generator))
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # the weights of norms start at 1
+        config = self.config
+        scaled = config.residual_init_scale
+        init_normal(self, seed, residual_std(config.init_std, config.n_layers, scaled=scaled))
 
     def compile_blocks(self) -> None:
         """Compile each block in place: parameter names stay, and one compilation serves all blocks."""

@@ -8,7 +8,6 @@ length, small beside the logits at lengths encoders are trained with. A row of o
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -28,6 +27,8 @@ from llmkit.models.layers import (
     Linear,
     Rotation,
     compute_dtype,
+    init_normal,
+    residual_std,
     rotate,
     rotation,
 )
@@ -179,24 +180,16 @@ class Encoder(nn.Module):
         hidden_BTD = self._hidden(input_ids_BT, position_ids_BT, document_ids_BT, segment_ids_BT)
         return F.linear(self.output_states(hidden_BTD), self.output_weight_VD, self.output_bias)
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Matrices and embeddings normal with ``init_std``, biases 0, norms 1.
 
         BERT: 0.02 (Devlin et al. 2019, appendix A.2, in the form ``transformers`` gives it: not truncated). ModernBERT:
         0.02, divided by sqrt(2 L) in the matrices that write to the residual stream (Warner et al. 2024,
-        after Shoeybi et al. 2019), with ``residual_init_scale``. Drawn on the CPU in the order of the parameters, so
-        that a seed gives the same weights on every device.
+        after Shoeybi et al. 2019), with ``residual_init_scale``.
         """
-        generator = torch.Generator().manual_seed(seed)
-        std = self.config.init_std
-        residual_std = std / math.sqrt(2 * self.config.n_layers) if self.config.residual_init_scale else std
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                chosen = residual_std if name.endswith((".o.weight", ".down.weight")) else std
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, chosen, generator=generator))
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # the weights of norms start at 1
+        config = self.config
+        scaled = config.residual_init_scale
+        init_normal(self, seed, residual_std(config.init_std, config.n_layers, scaled=scaled))
 
     def compile_blocks(self) -> None:
         """Compile each block in place: parameter names stay, and one compilation serves all blocks."""

@@ -16,9 +16,18 @@ from torch.utils.checkpoint import checkpoint
 from llmkit.errors import ConfigError
 from llmkit.interfaces import Batch, Tokens
 from llmkit.models.attention import attend
-from llmkit.models.cache import KVCache, LayerCache, dense_mask
+from llmkit.models.cache import KVCache, LayerCache, dense_mask, source_mask
 from llmkit.models.encoder_decoder_config import EncoderDecoderConfig
-from llmkit.models.layers import Embedding, FeedForward, LayerNorm, Linear, RMSNorm, build_norm, compute_dtype
+from llmkit.models.layers import (
+    Embedding,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    build_norm,
+    compute_dtype,
+    init_normal,
+)
 from llmkit.models.position_tables import distance_buckets, sinusoids
 
 KeysValues = tuple[Tensor, Tensor]  # BHSK each
@@ -274,22 +283,14 @@ class EncoderDecoder(nn.Module):
         source = [attention.keys_values(states) for attention in self.decoder.cross_attentions()]
         return Seq2SeqCache(layers, torch.zeros(shape[0], max_len, dtype=torch.int64, device=states.device), source)
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Normal: with ``init_std`` everywhere (BART), or with the deviations of T5 where it is null.
 
         Those are 1 for the embedding (then it and the scaled logits have unit size), 1 / sqrt(D) for position tables,
         1 / sqrt(inputs) for matrices, and for queries another 1 / sqrt(K) in place of the attention's scale (the
         published code, as ``transformers`` has it, whose untied head starts at 1; here at 1 / sqrt(D)).
-        Drawn on the CPU in the order of the parameters, so that a seed gives the same weights on every device.
         """
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                std = self.config.init_std or self._fan_in_std(name, parameter)
-                parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)  # the weights of norms start at 1
+        init_normal(self, seed, lambda name, parameter: self.config.init_std or self._fan_in_std(name, parameter))
 
     def compile_blocks(self) -> None:
         """Compile each block in place: parameter names stay, and one compilation serves all blocks of a stack."""
@@ -309,7 +310,8 @@ class EncoderDecoder(nn.Module):
         cache: Seq2SeqCache | None,
     ) -> Tensor:
         x_BTD = self.decoder.start(self.embedding(input_ids_BT), position_ids_BT)
-        source, blind = _source_mask(document_ids_BT, memory, input_ids_BT)
+        n_source = memory.states_BSD.shape[1]
+        source, blind = source_mask(document_ids_BT, memory.document_ids_BS, input_ids_BT, n_source)
         dtype = compute_dtype(x_BTD)
         if cache is not None:
             own = self._cached_mask(cache, position_ids_BT, document_ids_BT, dtype)
@@ -358,21 +360,3 @@ class EncoderDecoder(nn.Module):
             return float(D**-0.5)
         query = name.endswith(".q.weight") and not config.scale_attention
         return float((parameter.shape[1] * (config.head_width if query else 1)) ** -0.5)
-
-
-def _source_mask(
-    document_ids_BT: Tensor | None, memory: Memory, input_ids_BT: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """What target tokens see of the source, B1TS, and which of them see nothing, B1T1; those may look anywhere, so
-    that their softmax is not empty, and what they find is zeroed. Without document ids all is document 0."""
-    documents_BS = memory.document_ids_BS
-    if document_ids_BT is None and documents_BS is None:
-        return None, None
-    if document_ids_BT is None:
-        document_ids_BT = torch.zeros_like(input_ids_BT)
-    if documents_BS is None:
-        B, S = memory.states_BSD.shape[:2]
-        documents_BS = document_ids_BT.new_zeros(B, S)
-    seen_B1TS = dense_mask(document_ids_BT, documents_BS, causal=False)
-    blind_B1T1 = ~seen_B1TS.any(-1, keepdim=True)
-    return seen_B1TS | blind_B1T1, blind_B1T1

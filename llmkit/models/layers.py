@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -40,6 +41,27 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     """The type matrix products run in: autocast's where it is on, else the tensor's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+@torch.no_grad()
+def init_normal(model: nn.Module, seed: int, std_of: Callable[[str, Tensor], float]) -> None:
+    """Matrices and tables normal with the deviation of their name, biases 0, the weights of norms 1.
+
+    Drawn on the CPU in the order of the parameters, so that a seed gives the same weights on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            std = std_of(name, parameter)
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, std, generator=generator))
+        else:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+
+def residual_std(std: float, n_layers: int, *, scaled: bool) -> Callable[[str, Tensor], float]:
+    """``std``, divided by sqrt(2 L) in the matrices that write to the residual stream if ``scaled`` (GPT-2)."""
+    writing = std / math.sqrt(2 * n_layers) if scaled else std
+    return lambda name, _: writing if name.endswith((".o.weight", ".down.weight")) else std
 
 
 class Linear(nn.Linear):

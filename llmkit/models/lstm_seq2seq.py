@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from llmkit.errors import ConfigError
 from llmkit.interfaces import Batch, Tokens
-from llmkit.models.cache import dense_mask
+from llmkit.models.cache import source_mask
 from llmkit.models.layers import Embedding, Linear
 from llmkit.models.lstm_documents import Documents, State, StateCache, find_documents, whole_rows
 from llmkit.models.lstm_layers import BidirectionalStack, GlobalAttention, LSTMStack, init_lstm_weights
@@ -146,7 +145,9 @@ class LSTMSeq2Seq(nn.Module):
             states_BTR, _ = self.decoder(x_BTD, found, start)
         else:
             states_BTR, document_ids_BT = self._read_cached(memory, x_BTD, document_ids_BT, cache)
-        mask, blind_BT1 = source_mask(memory, input_ids_BT, document_ids_BT)
+        n_source = memory.states_BSR.shape[1]
+        mask, blind_B1T1 = source_mask(document_ids_BT, memory.document_ids_BS, input_ids_BT, n_source)
+        blind_BT1 = None if blind_B1T1 is None else blind_B1T1[:, 0]
         # A compiled __call__ would compile for every length of a source that is generated from.
         attend = self.attention if cache is None else self.attention.forward
         hidden_BTD: Tensor = self.dropout(attend(states_BTR, memory.states_BSR, mask, blind_BT1, causal=False))
@@ -174,20 +175,3 @@ def first_states(memory: LSTMMemory, documents: Documents) -> State:
     index_N = nn.functional.pad(same_NM.int(), (0, 1), value=1).argmax(1).to(memory.final.h.device)
     h_LNR, c_LNR = (nn.functional.pad(part, (0, 0, 0, 1))[:, index_N] for part in memory.final)
     return State(h_LNR, c_LNR)
-
-
-def source_mask(
-    memory: LSTMMemory, input_ids_BT: Tensor, document_ids_BT: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """What target tokens see of the source, B1TS, and which of them see nothing, BT1; those may look anywhere, so that
-    their softmax is not empty, and what they find is zeroed. Without document ids all is document 0."""
-    documents_BS = memory.document_ids_BS
-    if document_ids_BT is None and documents_BS is None:
-        return None, None
-    if document_ids_BT is None:
-        document_ids_BT = torch.zeros_like(input_ids_BT)
-    if documents_BS is None:
-        documents_BS = document_ids_BT.new_zeros(memory.states_BSR.shape[:2])
-    seen_B1TS = dense_mask(document_ids_BT, documents_BS, causal=False)
-    blind_B1T1 = ~seen_B1TS.any(-1, keepdim=True)
-    return seen_B1TS | blind_B1T1, blind_B1T1[:, 0]

@@ -92,7 +92,9 @@ def test_evaluate_repeats_the_validation_of_the_run(text: Path, pair: str, capsy
     capsys.readouterr()
     root = text.parent
     command = ["evaluate", f"init={root / 'runs' / f'{pair}-scored'}", "engine.micro_batch_size=5"]
+    prepared = sorted((root / "cache").iterdir())
     assert main([*command, "pseudo_ppl_tokens=40"]) == 0
+    assert sorted((root / "cache").iterdir()) == prepared, "the text was prepared once more"
     shown = json.loads(capsys.readouterr().out)
     trained = [row for row in rows if "val/loss" in row][-1]
     for name in (name for name in trained if name.startswith("val/")):

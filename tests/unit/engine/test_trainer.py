@@ -20,7 +20,7 @@ from llmkit.engine.optim import AdamW
 from llmkit.engine.schedule import Linear
 from llmkit.engine.trainer import Trainer
 from llmkit.errors import DistributedError, NumericsError, Stopped
-from llmkit.interfaces import IGNORE_INDEX, Batch, LossSum, RunInfo
+from llmkit.interfaces import IGNORE_INDEX, NO_DOCUMENT, Batch, LossSum, RunInfo, Tokens
 from llmkit.settings import EngineConfig
 from tests.unit.engine.settings import ENGINE
 
@@ -321,3 +321,47 @@ def test_silent_solo_runs_are_refused(name: str) -> None:
         refuse_solo_runs({name: "2"})
     refuse_solo_runs({name: "1"})
     refuse_solo_runs({name: "2", "WORLD_SIZE": "2"})
+
+
+class TwoLosses(PlainLoss):
+    """Every target's loss, and that of each row's first token, which is another kind of target."""
+
+    def loss(self, model: Bigram, batch: Batch) -> LossSum:
+        losses, sums = super().loss(model, batch)
+        first = nn.functional.cross_entropy(model.table(batch.input_ids[:, 0]), batch.labels[:, 0], reduction="sum")
+        return LossSum(losses | {"pair": 0.5 * first}, sums)
+
+
+@pytest.mark.parametrize(("size", "accum"), [(8, 1), (2, 4)])
+def test_each_loss_is_divided_by_its_own_count(size: int, accum: int) -> None:
+    """A mean over targets and a mean over rows, though micro-batches have as many rows but not as many targets."""
+    batch, reference = make_batch(range(8)), Bigram()
+    logits = reference.table(batch.input_ids).double()
+    per_target = nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+    per_row = nn.functional.cross_entropy(logits[:, 0], batch.labels[:, 0])
+    (per_target + 0.5 * per_row).backward()
+
+    engine = replace(ENGINE, micro_batch_size=size, grad_accum_steps=accum)
+    trainer = make_trainer(engine, Recorder(), Bigram(), module=TrainModule(Bigram(), TwoLosses()))
+    data = trainer.load_step(0)
+    batches = [replace(part, n_pairs=part.input_ids.shape[0]) for part in data.batches]
+    counts = trainer._counts(batches)
+    assert counts == {"token": batch.n_targets, "pair": 8}
+    totals = trainer._backward(batches, counts)
+    ours, theirs = trainer.module.model.table.weight.grad, reference.table.weight.grad
+    assert (ours - theirs).norm() / theirs.norm() < 1e-6
+    assert float(totals["objective"]) == pytest.approx((per_target + 0.5 * per_row).item(), rel=1e-6)
+
+
+def test_the_share_of_real_tokens_counts_padding() -> None:
+    """Half of every row is padding, and the source of an encoder-decoder counts as well."""
+    documents = torch.tensor([[0, 0, 0, NO_DOCUMENT, NO_DOCUMENT, NO_DOCUMENT]] * 2)
+    ids = torch.zeros(2, SEQ_LEN, dtype=torch.int64)
+    half = Batch(ids, ids, ids, documents, n_targets=12)
+    assert (half.n_tokens, half.n_computed) == (6, 12)
+    both = replace(half, source=Tokens(ids, ids, None))
+    assert (both.n_tokens, both.n_computed) == (18, 24)
+    recorder = Recorder()
+    data = StepRows([half, both], 0)
+    make_trainer(replace(ENGINE, max_steps=1), recorder, Bigram(), load_step=lambda position: data).fit()
+    assert recorder.rows[0][1]["perf/real_token_fraction"] == pytest.approx(24 / 36)

@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from tests.pairs import PAIRS
 
 TINY = [
     "data=python_docs",
@@ -31,9 +34,33 @@ TINY = [
 ]
 
 
-def launch(root: Path, name: str, processes: int, *more: str) -> subprocess.CompletedProcess[str]:
+SHORT = [
+    "data=python_docs",
+    "data.seq_len=64",
+    "data.n_workers=1",
+    "engine.max_steps=6",
+    "engine.micro_batch_size=2",
+    "engine.n_threads=1",
+    "engine.log_every=1",
+    "engine.eval_every=3",
+    "schedule.warmup_steps=2",
+    "engine.device=cpu",
+    "callbacks=none",
+    "tracking.wandb.mode=disabled",
+]
+SLOW = ("masked_lm-modern_bert", "sentence_order-albert", "span_corruption-lstm", "prefix_lm-bart")
+OBJECTIVES = [
+    "next_sentence-bert",
+    "span_corruption-t5",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+]
+
+
+def launch(
+    root: Path, name: str, processes: int, *more: str, settings: Sequence[str] = TINY
+) -> subprocess.CompletedProcess[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "llmkit", "pretrain", *TINY, f"run.root={root}", f"run.name={name}"]
+    command = [sys.executable, *launcher, "-m", "llmkit", "pretrain", *settings, f"run.root={root}", f"run.name={name}"]
     return subprocess.run([*command, *more], capture_output=True, text=True, timeout=300)
 
 
@@ -59,6 +86,23 @@ def test_twenty_steps_equal_one_process(tmp_path: Path) -> None:
         assert double[step]["optim/grad_norm"] == pytest.approx(row["optim/grad_norm"], rel=1e-4)
     assert double[20]["val/loss"] == pytest.approx(single[20]["val/loss"], rel=1e-5)
     assert double[20]["val/n_targets"] == single[20]["val/n_targets"]
+
+
+@pytest.mark.parametrize("pair", OBJECTIVES)
+def test_masks_pairs_and_spans_equal_those_of_one_process(tmp_path: Path, pair: str) -> None:
+    """Every count and every loss, in training and in validation: the same rows are asked the same questions."""
+    settings = [*PAIRS[pair], *SHORT, "tokenizer.vocab_size=512", "model.dropout=0.0"]
+    one = launch(tmp_path, "one", 1, "engine.grad_accum_steps=2", settings=settings)
+    two = launch(tmp_path, "two", 2, "engine.grad_accum_steps=1", settings=settings)
+    assert one.returncode == 0, one.stderr[-2000:]
+    assert two.returncode == 0, two.stderr[-2000:]
+    single, double = curve(tmp_path, "one"), curve(tmp_path, "two")
+    assert list(single) == list(double) == list(range(1, 7))
+    for step, row in single.items():
+        compared = {key: value for key, value in row.items() if key.startswith(("train/", "val/", "data/"))}
+        assert {"train/loss", "train/n_targets"} <= compared.keys()
+        assert {key: double[step][key] for key in compared} == pytest.approx(compared, rel=1e-5)
+    assert "val/n_targets" in single[6]
 
 
 def test_resume_on_one_process_what_two_began(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from llmkit.errors import ConfigError
 from llmkit.interfaces import Batch, Roles, Row, TokenIds
 from llmkit.objectives.causal_lm import CausalLM
-from llmkit.objectives.rows import Ids, width_of
+from llmkit.objectives.rows import Ids
 
 MIN_TEXT = 2  # tokens of a text that is rearranged
 
@@ -60,7 +60,7 @@ class FillInTheMiddle(CausalLM):
             raise ConfigError(what, where="tokenizer.extra_symbols", fix=fix)
         arranged = [row if row.position is None else row._replace(ids=self.rearrange(row, ids)) for row in rows]
         longest = max(len(row.ids) for row in arranged) - 1  # the last id of a row is a label only
-        return super().collate(arranged, seq_len=width_of(longest), ids=ids)
+        return super().collate(arranged, seq_len=longest, ids=ids)
 
     def rearrange(self, row: Row, ids: TokenIds) -> Ids:
         """The row with some of its documents rearranged. Four numbers are drawn for each, whatever the rates."""

@@ -52,7 +52,7 @@ class PrefixLM(SourceTarget):
 
     def collate(self, rows: Sequence[Row], *, seq_len: int, ids: TokenIds) -> Batch:
         """Rows of two windows to one batch of two sides."""
-        return to_batch([self._cut(row, ids.eos_id) for row in rows], seq_len=seq_len, ids=ids)
+        return to_batch([self._cut(row, ids.eos_id) for row in rows], ids)
 
     def _cut(self, row: Row, eos_id: int) -> Sides:
         """A document, or the part of it in one of the two windows, is a piece; the number of pieces is K."""

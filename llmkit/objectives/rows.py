@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Ids = NDArray[np.int64]
-WIDTH_MULTIPLE = 8  # sizes that matrix products like
 
 
 def pad_rows(rows: Sequence[Ids], width: int, pad_id: int) -> tuple[Ids, Ids]:
@@ -23,11 +22,6 @@ def pad_rows(rows: Sequence[Ids], width: int, pad_id: int) -> tuple[Ids, Ids]:
     for row, target in zip(rows, ids, strict=True):
         target[: len(row)] = row
     return ids, np.array([len(row) for row in rows], dtype=np.int64)
-
-
-def width_of(longest: int) -> int:
-    """Columns for rows of at most ``longest`` ids where a batch is as wide as its rows: a multiple of 8, at least 8."""
-    return -(-max(longest, 1) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
 def document_columns(inputs_BT: Ids, real_BT: NDArray[np.bool_], eos_id: int) -> tuple[Ids, Ids]:

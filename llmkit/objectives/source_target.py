@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmkit.interfaces import IGNORE_INDEX, NO_DOCUMENT, Batch, TokenIds, Tokens
-from llmkit.objectives.rows import Ids, pad_rows, to_tensor, width_of
+from llmkit.objectives.rows import Ids, pad_rows, to_tensor
 from llmkit.objectives.token_loss import TokenPrediction
 
 
@@ -38,15 +38,14 @@ def documents_of(ids_T: Ids, eos_id: int) -> Ids:
     return np.cumsum(np.concatenate([[False], ids_T == eos_id])[: len(ids_T)])
 
 
-def to_batch(rows: Sequence[Sides], *, seq_len: int, ids: TokenIds) -> Batch:
-    """Rows padded to the longest on each side; a source is wider than ``seq_len`` only where a row needs it.
+def to_batch(rows: Sequence[Sides], ids: TokenIds) -> Batch:
+    """Rows padded to the longest on each side.
 
     The decoder reads, for each document, the pad id as start and then the target but for its last id, as in T5. Both
     sides have document ids, or neither where every row is one document without padding on either side.
     """
-    longest = max(len(row.source) for row in rows)
-    source_width = min(width_of(longest), max(longest, seq_len))
-    target_width = width_of(max(len(row.target) for row in rows))
+    source_width = max(1, *(len(row.source) for row in rows))
+    target_width = max(1, *(len(row.target) for row in rows))
     source, _ = pad_rows([row.source for row in rows], source_width, ids.pad_id)
     target, _ = pad_rows([row.target for row in rows], target_width, ids.pad_id)
     source_documents, _ = pad_rows([row.source_documents for row in rows], source_width, NO_DOCUMENT)

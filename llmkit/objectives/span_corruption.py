@@ -93,7 +93,7 @@ class SpanCorruption(SourceTarget):
         if problem := self.lacks(ids, seq_len):
             what, fix = problem
             raise ConfigError(what, where="tokenizer.n_sentinels", fix=fix)
-        return to_batch([self._corrupt(row, ids) for row in rows], seq_len=seq_len, ids=ids)
+        return to_batch([self._corrupt(row, ids) for row in rows], ids)
 
     def _most_noise(self, seq_len: int) -> int:
         return math.ceil(self.noise_density * self.window(seq_len)[0])

@@ -1,7 +1,7 @@
 """What small models learn of each objective, beside baselines that read nothing.
 
-    python -m tests.bench.objectives --train sotu.train.jsonl --val sotu.valid.jsonl --recipes bert_tiny t5_tiny
-    python -m tests.bench.objectives --recipes gpt_tiny lstm_tiny               # on the embedded corpus
+    python -m tests.bench.objectives --train sotu.train.jsonl --val sotu.valid.jsonl --recipes bert_tiny,t5_tiny
+    python -m tests.bench.objectives --recipes gpt_tiny,lstm_tiny               # on the embedded corpus
 
 Each recipe is trained once a seed, as a user does it; then ``llmkit evaluate`` scores the run on its validation text.
 ``unigram`` predicts every label from how often it was one in training: its loss and accuracy are on the same labels.
@@ -79,10 +79,10 @@ def train_and_score(root: Path, name: str, command: list[str]) -> dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", nargs="+", default=["bert_tiny", "t5_tiny"])
+    parser.add_argument("--recipes", type=lambda text: text.split(","), default=["bert_tiny", "t5_tiny"])
     parser.add_argument("--train", type=Path)
     parser.add_argument("--val", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=lambda text: text.split(","), default=["1", "2", "3"])
     args, overrides = parser.parse_known_args()
     text = [f"data.path={args.train}", f"data.val_path={args.val}"] if args.train else []
     with tempfile.TemporaryDirectory() as folder:

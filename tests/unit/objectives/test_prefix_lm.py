@@ -147,7 +147,7 @@ def test_a_row_depends_on_its_seed_alone() -> None:
 def test_a_row_without_text_has_no_target() -> None:
     batch = objective().collate([row_of([EOS]), row_of([EOS] * 6)], seq_len=8, ids=vocabulary(None))
     assert batch.n_targets == 0
-    assert batch.input_ids.shape == (2, 8)
+    assert batch.input_ids.shape == (2, 1)
 
 
 def test_the_loss_is_the_cross_entropy_of_the_targets() -> None:

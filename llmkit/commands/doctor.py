@@ -35,7 +35,12 @@ REQUIRED = {
     "safetensors": "0.4.3",
     "pyyaml": "6",
 }
-EXTRAS = {"hf": ("transformers", "tokenizers"), "parquet": ("pyarrow",), "zstd": ("zstandard",)}
+EXTRAS = {
+    "hf": ("transformers", "tokenizers", "jinja2"),
+    "gguf": ("gguf",),
+    "parquet": ("pyarrow",),
+    "zstd": ("zstandard",),
+}
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 # Accelerate reads these; llmkit hands it every value, so they change nothing.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ logger = logging.getLogger("llmkit.tokenizers")
 
 TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_FOLDER = "additional_chat_templates"
 FORMAT_KEY = "llmkit_format"  # in CONFIG_FILE: says that tokenizer.model decides the ids
 _NEVER = -1e6  # the score of a piece that Unigram must not take from text; special tokens are found before it runs
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # piece types of sentencepiece_model.proto
@@ -37,6 +40,8 @@ class ModelProto:
     complete: bool  # a file cut between two pieces is still a model to the library
     lossy: bool  # text changes on the way, by design
     space_after: bool  # the sign of a space ends a word instead of beginning one
+    charsmap: bytes = b""  # a compiled normalisation of characters, as SentencePiece and tokenizers both run it
+    trims: bool = False  # spaces at the ends go, runs of them become one
 
     @classmethod
     def parse(cls, model: bytes) -> ModelProto:
@@ -56,6 +61,8 @@ class ModelProto:
             complete=proto.HasField("normalizer_spec"),
             lossy=not plain,
             space_after=trainer.treat_whitespace_as_suffix,
+            charsmap=normalizer.precompiled_charsmap,
+            trims=normalizer.remove_extra_whitespaces,
         )
 
     @property
@@ -89,6 +96,20 @@ def write_hf_files(model: ModelProto, folder: Path) -> None:
     else:
         logger.warning("this SentencePiece model normalises text; transformers may give other ids than llmkit")
     _write(folder / CONFIG_FILE, config)
+
+
+def template_files(folder: Path) -> dict[str, bytes]:
+    """The chat templates of a folder, by their path in it."""
+    named = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")) if (folder / TEMPLATE_FOLDER).is_dir() else []
+    files = [file for file in (folder / TEMPLATE_FILE, *named) if file.is_file()]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+def write_template_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """What ``template_files`` found, in another folder."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data)
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
@@ -170,6 +191,16 @@ def _merges(model: ModelProto) -> list[list[str]]:
         if left in normal and right in normal
     ]
     return [[left, right] for *_, left, right in sorted(ranked)]
+
+
+def with_control_pieces(model: bytes, names: Sequence[str]) -> bytes:
+    """The model with symbols after its pieces; none of them is ever made from text."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    for name in names:
+        proto.pieces.add(piece=name, score=0.0, type=_CONTROL)
+    return bytes(proto.SerializeToString(deterministic=True))
 
 
 def with_coarse_scores(model: bytes) -> bytes:

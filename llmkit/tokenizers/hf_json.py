@@ -1,4 +1,4 @@
-"""Tokenizers in ``tokenizer.json`` or BERT's ``vocab.txt``, run by the ``tokenizers`` package (extra ``hf``)."""
+"""Tokenizers of others, whatever their files, run as a ``tokenizer.json`` by ``tokenizers`` (extra ``hf``)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from llmkit.errors import ConfigError, DataError, missing_extra
 from llmkit.interfaces import TokenIds
 from llmkit.tokenizers import vocabulary as vocabularies
-from llmkit.tokenizers.bert_files import VOCAB_FILE, named, read_vocab_txt
-from llmkit.tokenizers.hf_files import CONFIG_FILE, TOKENIZER_FILE
+from llmkit.tokenizers.added_tokens import entry, with_added
+from llmkit.tokenizers.bert_files import named
+from llmkit.tokenizers.folder import read_source, written
+from llmkit.tokenizers.hf_files import CONFIG_FILE, TOKENIZER_FILE, write_template_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -41,12 +43,15 @@ _KEPT_SETTINGS = (
     "extra_special_tokens",
     "additional_special_tokens",
 )
-_SIDE_FILES = ("chat_template.jinja",)
 
 
 @dataclass(frozen=True)
 class HFTokenizerSpec:
-    """Opens the ``tokenizer.json`` or BERT's ``vocab.txt`` at ``path`` (the file, or its folder)."""
+    """Opens the tokenizer of others at ``path``: its folder, or a file of it.
+
+    The files are ``tokenizer.json``, SentencePiece's ``tokenizer.model`` or ``spiece.model``, BERT's ``vocab.txt``, or
+    GPT-2's ``vocab.json`` with ``merges.txt``.
+    """
 
     path: str | None
 
@@ -94,22 +99,38 @@ class HFTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> HFTokenizer:
-        """From ``tokenizer.json``, ``vocab.txt`` or their folder; special tokens from the files beside it."""
-        file = path / TOKENIZER_FILE if path.is_dir() else path
-        if not file.is_file() and (path / VOCAB_FILE).is_file():
-            file = path / VOCAB_FILE
-        settings = {**_json(file.with_name("special_tokens_map.json")), **_json(file.with_name(CONFIG_FILE))}
+        """From one of the files named above or its folder; special and added tokens from the files beside it."""
+        source = read_source(path)
+        return cls(source.content, source.settings, source.side_files, source.where)
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """Role -> token, such as ``eos_token`` -> ``</s>``: what chat templates may write."""
+        return dict(self._names)
+
+    @property
+    def chat_template_files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """(settings, files) in which a chat template may stand."""
+        return self._settings, self._side_files
+
+    def id_of(self, name: str) -> int | None:
+        """The id of a piece or a special token."""
+        index: int | None = self._backend.token_to_id(name)
+        return index
+
+    def with_symbols(self, names: Sequence[str]) -> HFTokenizer:
+        """The same with ``names``, which its vocabulary must lack, as special tokens on the next ids."""
+        new = [entry(self.vocab_size + place, name) for place, name in enumerate(names)]
+        content = written(with_added(json.loads(self._content), new, "tokenizer"))
+        return HFTokenizer(content, self._settings, self._side_files, "tokenizer")
+
+    def encode_symbols(self, text: str) -> list[int]:
+        """Ids of a text in which the names of special tokens are those tokens, as a rendered chat template has them."""
+        self._backend.encode_special_tokens = False
         try:
-            if file.name == VOCAB_FILE:
-                content = json.dumps(read_vocab_txt(file, settings), ensure_ascii=False, indent=1) + "\n"
-            else:
-                content = file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            what = f"the tokenizer cannot be read: {error}"
-            raise ConfigError(what, where=str(file), fix="give a tokenizer.json or its folder") from error
-        beside = (file.with_name(name) for name in _SIDE_FILES)
-        side_files = {side.name: side.read_bytes() for side in beside if side.is_file()}
-        return cls(content, settings, side_files, str(file))
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        finally:
+            self._backend.encode_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -192,8 +213,7 @@ class HFTokenizer:
         }
         text = json.dumps(config, ensure_ascii=False, indent=1) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
-        for name, data in self._side_files.items():
-            (folder / name).write_bytes(data)
+        write_template_files(self._side_files, folder)
 
 
 def _backend(content: str, where: str) -> Backend:
@@ -209,16 +229,6 @@ def _backend(content: str, where: str) -> Backend:
     backend.no_padding()
     backend.encode_special_tokens = True  # the names of special tokens in a text are text
     return backend
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"no readable JSON: {error}", where=str(path)) from error
-    return content if isinstance(content, dict) else {}
 
 
 def _token(role: str, settings: dict[str, Any], vocabulary: dict[str, int]) -> str | None:

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from llmkit.errors import DataError
+from llmkit.gguf_file import SUFFIX
 from llmkit.interfaces import Tokenizer
-from llmkit.tokenizers.bert_files import VOCAB_FILE
-from llmkit.tokenizers.hf_files import CONFIG_FILE, FORMAT_KEY, TOKENIZER_FILE
+from llmkit.tokenizers.folder import FILES, read_json, stands_alone, tokenizer_file
+from llmkit.tokenizers.hf_files import CONFIG_FILE, FORMAT_KEY
 from llmkit.tokenizers.hf_json import HFTokenizer
 from llmkit.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer
+from llmkit.tokenizers.sentencepiece_files import MODEL_FILES
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """From ``tokenizer.model`` where llmkit trained it or nothing else is there, else from the files of others."""
-    has_model = (folder / MODEL_FILE).is_file()
-    has_json = any((folder / name).is_file() for name in (TOKENIZER_FILE, VOCAB_FILE))
-    if has_model and (_says_sentencepiece(folder) or not has_json):
+    """From ``tokenizer.model`` where llmkit trained it or nothing else is there, else from the files of others.
+
+    ``folder`` may also be a ``.gguf`` file.
+    """
+    if folder.suffix == SUFFIX and folder.is_file():
+        from llmkit.tokenizers.gguf import load_gguf_tokenizer
+
+        return load_gguf_tokenizer(folder)
+    if (folder / MODEL_FILE).is_file() and read_json(folder / CONFIG_FILE).get(FORMAT_KEY) == "sentencepiece":
         return SentencePieceTokenizer.load(folder)
-    if has_json:
-        return HFTokenizer.load(folder)
-    fix = f"the folder must hold {MODEL_FILE}, {TOKENIZER_FILE} or BERT's {VOCAB_FILE}"
-    raise DataError("there is no tokenizer in the folder", where=str(folder), fix=fix)
-
-
-def _says_sentencepiece(folder: Path) -> bool:
-    try:
-        content = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    except (OSError, ValueError) as error:
-        raise DataError(f"no readable JSON: {error}", where=str(folder / CONFIG_FILE)) from error
-    return isinstance(content, dict) and content.get(FORMAT_KEY) == "sentencepiece"
+    file = tokenizer_file(folder)
+    if file is None:
+        fix = f"the folder must hold one of {', '.join(FILES)}"
+        raise DataError("there is no tokenizer in the folder", where=str(folder), fix=fix)
+    if file.name in MODEL_FILES and stands_alone(file):
+        return SentencePieceTokenizer.load(file)
+    return HFTokenizer.load(folder)

@@ -10,7 +10,7 @@ import hashlib
 import io
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import chain, islice
@@ -21,7 +21,14 @@ from llmkit.errors import ConfigError, DataError
 from llmkit.interfaces import TokenIds
 from llmkit.settings import Range
 from llmkit.tokenizers import vocabulary
-from llmkit.tokenizers.hf_files import ModelProto, with_coarse_scores, write_hf_files
+from llmkit.tokenizers.hf_files import (
+    ModelProto,
+    template_files,
+    with_coarse_scores,
+    with_control_pieces,
+    write_hf_files,
+    write_template_files,
+)
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -154,9 +161,9 @@ def _sentences(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
 class SentencePieceTokenizer:
     """Implements ``interfaces.Tokenizer`` on a serialised SentencePiece model."""
 
-    def __init__(self, model: bytes, where: str = "tokenizer") -> None:
-        self._model = model
-        self._processor, self._proto = _opened(model, where)
+    def __init__(self, model: bytes, where: str = "tokenizer", templates: Mapping[str, bytes] | None = None) -> None:
+        self._model, self._templates = model, templates or {}
+        self._processor, self._proto = opened(model, where)
         self._words_apart = self._proto.words_apart
         self.vocab_size = int(self._processor.vocab_size())
         if self._processor.eos_id() < 0:
@@ -171,10 +178,10 @@ class SentencePieceTokenizer:
 
     @classmethod
     def load(cls, path: Path) -> SentencePieceTokenizer:
-        """From ``tokenizer.model`` or the folder that holds it."""
+        """From ``tokenizer.model`` or the folder that holds it; a chat template beside it is kept."""
         file = path / MODEL_FILE if path.is_dir() else path
         try:
-            return cls(file.read_bytes(), str(file))
+            return cls(file.read_bytes(), str(file), template_files(file.parent))
         except OSError as error:
             what = f"the tokenizer cannot be read: {error.strerror}"
             raise ConfigError(what, where=str(file), fix="give a tokenizer.model or its folder") from error
@@ -195,6 +202,32 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode([int(i) for i in ids])
         return text
+
+    @property
+    def special_names(self) -> dict[str, str]:
+        """Role -> symbol, such as ``eos_token`` -> ``</s>``: what chat templates may write."""
+        return {f"{name}_token": self._proto.symbol(name) for name in self._proto.ids}
+
+    @property
+    def chat_template_files(self) -> tuple[dict[str, Any], dict[str, bytes]]:
+        """(settings, files) in which a chat template may stand."""
+        return {}, dict(self._templates)
+
+    def encode_symbols(self, text: str) -> list[int]:
+        """Ids of a text in which the names of symbols are those symbols, as a rendered chat template has them."""
+        symbols = {self._proto.pieces[index][0]: index for index in self._proto.silent_ids if index != self.unk_id}
+        pattern = "|".join(map(re.escape, sorted(symbols, key=len, reverse=True)))
+        parts = re.split(f"({pattern})", text) if symbols else [text]
+        ids = ([symbols[part]] if part in symbols else self.encode(part) for part in parts if part)
+        return list(chain.from_iterable(ids))
+
+    def id_of(self, name: str) -> int | None:
+        """The id of a piece or a symbol."""
+        return next((index for index, (piece, _, _) in enumerate(self._proto.pieces) if piece == name), None)
+
+    def with_symbols(self, names: Sequence[str]) -> SentencePieceTokenizer:
+        """The same with ``names``, which its vocabulary must lack, as control symbols on the next ids."""
+        return SentencePieceTokenizer(with_control_pieces(self._model, names), templates=self._templates)
 
     def token_ids(self) -> TokenIds:
         return self._token_ids
@@ -225,9 +258,11 @@ class SentencePieceTokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MODEL_FILE).write_bytes(self._model)
         write_hf_files(self._proto, folder)
+        write_template_files(self._templates, folder)
 
 
-def _opened(model: bytes, where: str) -> tuple[SentencePieceProcessor, ModelProto]:
+def opened(model: bytes, where: str) -> tuple[SentencePieceProcessor, ModelProto]:
+    """The library's own object and what it was made from. Raises ``DataError`` for a damaged model."""
     from sentencepiece import SentencePieceProcessor
 
     damaged = DataError("this is no SentencePiece model", where=where, fix="copy the file again")

@@ -118,3 +118,20 @@ def trained_byte_level() -> HFTokenizer:
     symbols = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<extra_id_1>", "<extra_id_0>"]
     backend.train_from_iterator(documents()[:40], vocab_size=1024, show_progress=False, special_tokens=symbols)
     return HFTokenizer(backend.to_str(), {}, {}, "byte level")
+
+
+@cache
+def many_strings() -> tuple[str, ...]:
+    """More than 2,000: all of the above, and runs of characters of every script, direction and class."""
+    choose = random.Random(1)
+    letters = "abcXYZ àéîõü αβγΔ Жзий אבגד ابتث हिन्दी ไทยก 漢字仮名 かなカナ 한국어 😀👍🏽👩‍🚀🇩🇪 0123456789 ١٢٣४५ ½²①Ⅷ ﬁﬀ e\u0301a\u0308\u0301"  # noqa: E501
+    signs = ".,;:!? ()[]{}<>| '\"`´’“ +-*/=^~ $€£₽ \x00\x01\x1b\x7f \u200b\u200d\ufeff\u00ad\u202e"
+    spaces = [" \t\n", "\r\n\x0b\x0c", "\u00a0\u2003\u3000\u2028\x85"]
+    scripts = [*letters.split(" "), *signs.split(" "), *spaces]
+    mixed = []
+    for _ in range(1800):
+        alphabet = "".join(choose.sample(scripts, choose.randint(1, 4))) + " " * choose.randint(0, 3)
+        mixed.append("".join(choose.choices(alphabet, k=choose.randint(1, 40))))
+    found = tuple(dict.fromkeys([*BERT_ODD, ADVERSARIAL, *strings(), *mixed]))
+    assert len(found) >= 2000
+    return found

@@ -214,6 +214,10 @@ class Model(Protocol):
     def output_bias_V(self) -> Tensor | None:
         """Added to the logits."""
 
+    @property
+    def logit_softcap(self) -> float | None:
+        """Logits z become ``cap * tanh(z / cap)``, after the bias; None leaves them."""
+
     def hidden_states(self, batch: Batch) -> Tensor:
         """Final hidden states ``BTD`` at the positions of ``batch.labels``, after the last norm."""
 

@@ -1,7 +1,8 @@
 """Causal self-attention: one call for every kernel, one mask per forward pass.
 
-Who may see whom is one rule: a token sees the earlier tokens of its own document and itself. Padding is a document of
-its own (``NO_DOCUMENT``), so that no row of the softmax is empty and nothing real ever sees padding.
+Who may see whom is one rule: a token sees the earlier tokens of its own document and itself; with a window, only those
+of them that are near. Padding is a document of its own (``NO_DOCUMENT``), so that no row of the softmax is empty and
+nothing real ever sees padding.
 """
 
 from __future__ import annotations
@@ -15,30 +16,31 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from llmkit.models.cache import LayerCache, dense_mask
-from llmkit.models.config import DecoderConfig
-from llmkit.models.layers import Linear, RMSNorm, Rotation, rotate
+from llmkit.models.config import MIN_FLEX_WIDTH, DecoderConfig
+from llmkit.models.layers import Linear, RMSNorm, Rotation, rotate, soft_cap
 
 # None: causal, one document a row. Tensor: B1TS, true where seen. BlockMask: the same for flex_attention.
 AttentionMask = Tensor | BlockMask | None
 
-MIN_FLEX_WIDTH = 16  # flex_attention's kernels need heads at least this wide
 
-
-def block_mask(document_ids_BT: Tensor) -> BlockMask:
+def block_mask(document_ids_BT: Tensor, window: int | None = None) -> BlockMask:
     """The same rule for flex_attention, which skips blocks in which nothing is seen."""
 
     def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (document_ids_BT[b, q] == document_ids_BT[b, k])
+        earlier = (q >= k) & (document_ids_BT[b, q] == document_ids_BT[b, k])
+        return earlier if window is None else earlier & (q - k < window)
 
     B, T = document_ids_BT.shape
     return create_block_mask(seen, B, None, T, T, device=document_ids_BT.device)
 
 
-def attention_mask(document_ids_BT: Tensor | None, *, flex: bool) -> AttentionMask:
-    """The mask of a forward pass without a cache."""
+def attention_mask(document_ids_BT: Tensor | None, *, flex: bool, window: int | None = None) -> AttentionMask:
+    """The mask of a forward pass without a cache; a window needs document ids."""
     if document_ids_BT is None:
         return None
-    return block_mask(document_ids_BT) if flex else dense_mask(document_ids_BT, document_ids_BT)
+    if flex:
+        return block_mask(document_ids_BT, window)
+    return dense_mask(document_ids_BT, document_ids_BT, window=window)
 
 
 def attend(
@@ -50,22 +52,54 @@ def attend(
     *,
     causal: bool = True,
     scale: float | None = None,
+    cap: float | None = None,
 ) -> Tensor:
     """Scaled dot-product attention; query head h reads key/value head h // (H / G). Returns BHTK.
 
     A boolean mask (true where seen), a float mask (added to the scores) or None runs on SDPA, a ``BlockMask`` on
     flex_attention. Without a mask and with ``causal``, fewer queries than keys means one new token after a cache, which
-    sees everything. ``scale`` multiplies the products; None is 1 / sqrt(K).
+    sees everything. ``scale`` multiplies the products; None is 1 / sqrt(K). ``cap`` caps the scores softly before the
+    mask; SDPA cannot do it, so that without a ``BlockMask`` all scores are held (boolean mask or None only).
     """
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
     if isinstance(mask, BlockMask):
-        kernel = _flex_kernel(q_BHTK.is_cuda)
-        result: Tensor = kernel(q_BHTK, k_BGSK, v_BGSK, block_mask=mask, enable_gqa=grouped, scale=scale)
+
+        def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return soft_cap(score, cap)
+
+        kernel, change = _flex_kernel(q_BHTK.is_cuda), None if cap is None else capped
+        result: Tensor = kernel(
+            q_BHTK, k_BGSK, v_BGSK, score_mod=change, block_mask=mask, enable_gqa=grouped, scale=scale
+        )
         return result
     is_causal = causal and mask is None and q_BHTK.shape[2] == k_BGSK.shape[2]
+    if cap is not None:
+        seen = torch.ones(q_BHTK.shape[2], k_BGSK.shape[2], dtype=torch.bool, device=q_BHTK.device).tril()
+        return _attend_capped(q_BHTK, k_BGSK, v_BGSK, seen if is_causal else mask, dropout, scale, cap)
     return F.scaled_dot_product_attention(
         q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped, scale=scale
     )
+
+
+def _attend_capped(
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    seen: Tensor | None,
+    dropout: float,
+    scale: float | None,
+    cap: float,
+) -> Tensor:
+    """``attend`` with soft-capped scores, written out; softmax in fp32 at least."""
+    B, H, T, K = q_BHTK.shape
+    q_BGRTK = q_BHTK.reshape(B, k_BGSK.shape[1], -1, T, K) * (K**-0.5 if scale is None else scale)
+    scores_BGRTS = q_BGRTK @ k_BGSK[:, :, None].transpose(-1, -2)
+    scores_BGRTS = soft_cap(scores_BGRTS.to(torch.promote_types(scores_BGRTS.dtype, torch.float32)), cap)
+    if seen is not None:
+        hidden = ~seen if seen.dim() == 2 else ~seen[:, :, None]
+        scores_BGRTS = scores_BGRTS.masked_fill(hidden, float("-inf"))
+    weights_BGRTS = F.dropout(scores_BGRTS.softmax(-1), dropout).to(v_BGSK.dtype)
+    return (weights_BGRTS @ v_BGSK[:, :, None]).reshape(B, H, T, K)
 
 
 def use_flex(q_width: int, dropout: float, device: torch.device) -> bool:
@@ -87,18 +121,24 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 
 class Attention(nn.Module):
-    """Grouped-query self-attention (Ainslie et al. 2023) with optional per-head RMSNorm of q and k (as in Qwen3)."""
+    """Grouped-query self-attention (Ainslie et al. 2023).
+
+    Queries and keys may be normed head by head (Qwen3) or over their whole width (OLMo 2), scores capped (Gemma 2).
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         D, K, bias = config.d_model, config.head_width, config.attention_bias
-        self.width, self.dropout = K, config.dropout
+        self.width, self.dropout, self.cap = K, config.dropout, config.attention_softcap
+        self.scale = None if config.attention_scale_dim is None else config.attention_scale_dim**-0.5
+        self.norm_by_head = config.qk_norm == "head"
         self.q = Linear(D, config.n_heads * K, bias=bias)
         self.k = Linear(D, config.kv_heads * K, bias=bias)
         self.v = Linear(D, config.kv_heads * K, bias=bias)
-        self.o = Linear(config.n_heads * K, D, bias=bias)
-        self.q_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
-        self.k_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else None
+        self.o = Linear(config.n_heads * K, D, bias=config.attention_out_bias)
+        q_width, k_width = config.qk_norm_widths
+        self.q_norm = RMSNorm(q_width, config.norm_eps) if q_width else None
+        self.k_norm = RMSNorm(k_width, config.norm_eps) if k_width else None
 
     def forward(
         self,
@@ -108,17 +148,21 @@ class Attention(nn.Module):
         cache: LayerCache | None = None,
         start: int = 0,
     ) -> Tensor:
-        q_BTHK, k_BTGK, v_BTGK = (self._heads(linear(x_BTD)) for linear in (self.q, self.k, self.v))
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
+        q_BTHK, k_BTGK = self._heads(self.q(x_BTD), self.q_norm), self._heads(self.k(x_BTD), self.k_norm)
+        v_BTGK = self._heads(self.v(x_BTD), None)
         if rotation is not None:
             q_BTHK, k_BTGK = rotate(q_BTHK, rotation), rotate(k_BTGK, rotation)
         q_BHTK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
         if cache is not None:
             k_BGSK, v_BGSK = cache.append(k_BGSK, v_BGSK, start)
-        mixed_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, mask, self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        mixed_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, mask, dropout, scale=self.scale, cap=self.cap)
         out_BTD: Tensor = self.o(mixed_BHTK.transpose(1, 2).flatten(2))
         return out_BTD
 
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], -1, self.width)
+    def _heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
+        """The heads of a projection, normed before or after it is split into them."""
+        if norm is not None and not self.norm_by_head:
+            x = norm(x)
+        heads = x.view(*x.shape[:-1], -1, self.width)
+        return norm(heads) if norm is not None and self.norm_by_head else heads

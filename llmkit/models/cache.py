@@ -6,12 +6,18 @@ import torch
 from torch import Tensor
 
 
-def dense_mask(query_document_ids_BT: Tensor, key_document_ids_BS: Tensor, *, causal: bool = True) -> Tensor:
-    """B1TS: true where a query sees a key of its document. Causal: the queries are the last T of the S tokens."""
+def dense_mask(
+    query_document_ids_BT: Tensor, key_document_ids_BS: Tensor, *, causal: bool = True, window: int | None = None
+) -> Tensor:
+    """B1TS: true where a query sees a key of its document. Causal: the queries are the last T of the S tokens.
+
+    With a ``window``, which is for causal masks, a token sees itself and the ``window - 1`` tokens before it.
+    """
     same_BTS = query_document_ids_BT[:, :, None] == key_document_ids_BS[:, None, :]
     if causal:
         T, S = query_document_ids_BT.shape[1], key_document_ids_BS.shape[1]
-        same_BTS &= torch.ones(T, S, dtype=torch.bool, device=same_BTS.device).tril(S - T)
+        seen_TS = torch.ones(T, S, dtype=torch.bool, device=same_BTS.device).tril(S - T)
+        same_BTS &= seen_TS if window is None else seen_TS.triu(S - T - window + 1)
     return same_BTS[:, None]
 
 
@@ -32,17 +38,22 @@ def source_mask(
 
 
 class LayerCache:
-    """Keys and values of one layer, allocated once: B, G, max_len, K."""
+    """Keys and values of one layer, allocated once: B, G, max_len, K. ``window``: tokens the layer's queries see."""
 
-    def __init__(self, k_BGSK: Tensor, v_BGSK: Tensor) -> None:
-        self.k_BGSK, self.v_BGSK = k_BGSK, v_BGSK
+    def __init__(self, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None = None) -> None:
+        self.k_BGSK, self.v_BGSK, self.window = k_BGSK, v_BGSK, window
 
     def append(self, k_BGTK: Tensor, v_BGTK: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """Store the new keys and values at ``start``; returns all up to their end."""
-        stop = start + k_BGTK.shape[2]
+        """Store the new keys and values at ``start``; returns all up to their end that one of the new tokens sees."""
+        first, stop = first_seen(start, self.window), start + k_BGTK.shape[2]
         self.k_BGSK[:, :, start:stop] = k_BGTK
         self.v_BGSK[:, :, start:stop] = v_BGTK
-        return self.k_BGSK[:, :, :stop], self.v_BGSK[:, :, :stop]
+        return self.k_BGSK[:, :, first:stop], self.v_BGSK[:, :, first:stop]
+
+
+def first_seen(start: int, window: int | None) -> int:
+    """The first place in the cache that the token at ``start`` sees."""
+    return 0 if window is None else max(0, start - window + 1)
 
 
 class KVCache:
@@ -56,16 +67,17 @@ class KVCache:
     def max_len(self) -> int:
         return self.document_ids_BS.shape[1]
 
-    def mask_of(self, document_ids_BT: Tensor | None, n_tokens: int) -> Tensor | None:
-        """Note the documents of the next ``n_tokens`` (0 when None) and return their mask over all tokens so far.
+    def mask_of(self, document_ids_BT: Tensor | None, n_tokens: int, window: int | None = None) -> Tensor | None:
+        """Note the documents of the next ``n_tokens`` (0 when None); their mask over what ``LayerCache`` gives them.
 
         None where plain causal attention is the same: the first tokens, or a single one, of one document.
         """
-        stop = self.length + n_tokens
+        first, stop = first_seen(self.length, window), self.length + n_tokens
         if document_ids_BT is not None:
             self.isolated = True
             self.document_ids_BS[:, self.length : stop] = document_ids_BT
-        if not self.isolated and (n_tokens == 1 or self.length == 0):
+        fits = window is None or n_tokens <= window
+        if not self.isolated and (n_tokens == 1 or (self.length == 0 and fits)):
             return None
-        documents_BS = self.document_ids_BS[:, :stop]
-        return dense_mask(documents_BS[:, self.length :], documents_BS)
+        documents_BS = self.document_ids_BS[:, first:stop]
+        return dense_mask(documents_BS[:, self.length - first :], documents_BS, window=window)

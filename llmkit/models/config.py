@@ -6,9 +6,11 @@ Free of torch, so that a configuration is checked before torch is imported. Lett
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmkit.errors import ConfigError
+from llmkit.models.rope_scaling import scaling_faults
 
 if TYPE_CHECKING:
     from llmkit.models.decoder import Decoder
@@ -16,12 +18,13 @@ if TYPE_CHECKING:
 Problems = list[tuple[str, str]]
 
 VOCAB_MULTIPLE = 64  # embedding rows are rounded up to it: aligned rows make the head product faster on GPUs
+MIN_FLEX_WIDTH = 16  # flex_attention's kernels need heads at least this wide
 GATED_WIDTH_MULTIPLE = 64  # the default width of a gated feed-forward is rounded up to it
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """GPT-2 style and Llama style in one pre-norm decoder. Null fields are derived (properties below)."""
+    """One decoder for all families, whose differences are fields. Null fields are derived (properties below)."""
 
     kind: ClassVar[str] = "decoder"
 
@@ -36,11 +39,22 @@ class DecoderConfig:
     norm: Literal["layernorm", "rmsnorm"]
     norm_bias: bool
     norm_eps: float
-    activation: Literal["gelu", "gelu_tanh", "swiglu", "geglu"]
+    norm_position: Literal["pre", "post", "both"]
+    parallel_residual: bool
+    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu", "geglu_tanh"]
     position: Literal["learned", "rotary"]
     rope_theta: float | None
-    qk_norm: bool
+    rotary_fraction: float
+    local_rope_theta: float | None
+    rope_scaling: dict[str, Any] | None
+    attention_windows: tuple[int | None, ...] | None
+    qk_norm: Literal["head", "all"] | None
     attention_bias: bool
+    attention_out_bias: bool
+    attention_scale_dim: int | None
+    attention_softcap: float | None
+    logit_softcap: float | None
+    scale_embedding: bool
     mlp_bias: bool
     dropout: float
     tie_embeddings: bool
@@ -52,7 +66,7 @@ class DecoderConfig:
     @property
     def gated(self) -> bool:
         """Gated feed-forward layers have three matrices instead of two."""
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in ("swiglu", "geglu", "geglu_tanh")
 
     @property
     def kv_heads(self) -> int:
@@ -63,6 +77,24 @@ class DecoderConfig:
     def head_width(self) -> int:
         """K."""
         return self.d_head or self.d_model // self.n_heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Dimensions of a head that are rotated, the first ones."""
+        return int(self.rotary_fraction * self.head_width)
+
+    @property
+    def layer_windows(self) -> tuple[int | None, ...]:
+        """For each layer, how many tokens one sees, itself included; None is all."""
+        return tuple(islice(cycle(self.attention_windows or (None,)), self.n_layers))
+
+    @property
+    def qk_norm_widths(self) -> tuple[int, int]:
+        """Values that a norm of queries and one of keys span; 0 without such norms."""
+        if self.qk_norm is None:
+            return 0, 0
+        K = self.head_width
+        return (K, K) if self.qk_norm == "head" else (self.n_heads * K, self.kv_heads * K)
 
     @property
     def ff_width(self) -> int:
@@ -102,12 +134,13 @@ class DecoderConfig:
         """FLOPs of one training token, forward and backward: ``6 N + 12 L H K T``.
 
         N is ``matmul_params()``; the second term is the two attention products over the full T x T square (a causal
-        kernel may skip half of it). Kaplan et al. 2020, section 2.1, and Chowdhery et al. 2022 (PaLM), appendix B.
+        kernel may skip half of it), or over T times the window in the layers whose window is smaller than T. Kaplan et
+        al. 2020, section 2.1, and Chowdhery et al. 2022 (PaLM), appendix B.
         Not counted: look-ups, norms, activations, softmax, and what activation checkpointing computes twice.
         ``target_len`` belongs to encoder-decoders.
         """
-        attention = 12 * self.n_layers * self.n_heads * self.head_width * seq_len
-        return 6 * self.matmul_params() + attention
+        keys = sum(seq_len if window is None else min(seq_len, window) for window in self.layer_windows)
+        return 6 * self.matmul_params() + 12 * self.n_heads * self.head_width * keys
 
     def activation_bytes(
         self,
@@ -122,13 +155,14 @@ class DecoderConfig:
         """Estimated peak of what the backward pass needs, for the plan of a run (parameters not included).
 
         ``value_bytes`` is the width of the compute type; the residual stream stays in fp32. ``logit_rows`` is the
-        number of rows whose logits (fp32 and compute type) live at once.
+        number of rows whose logits (fp32 and compute type; twice fp32 with a soft cap) live at once.
         """
         tokens = batch_size * seq_len
-        block = tokens * self._saved_values_per_token(value_bytes)
+        block = tokens * (self._saved_bytes_per_token(value_bytes) + self._score_bytes_per_token(seq_len, value_bytes))
         stream = tokens * self.d_model * 4
         blocks = self.n_layers * stream + block if checkpointing else self.n_layers * block
-        return blocks + 2 * stream + logit_rows * self.vocab_rows * (4 + value_bytes)
+        logit_bytes = 4 + value_bytes + (0 if self.logit_softcap is None else 4)
+        return blocks + 2 * stream + logit_rows * self.vocab_rows * logit_bytes
 
     def hf_architecture(self) -> str | None:
         """The class of ``transformers`` that computes the same function; None when there is none."""
@@ -159,26 +193,35 @@ class DecoderConfig:
         return attention + (3 if self.gated else 2) * D * self.ff_width
 
     def _block_vectors(self) -> int:
-        K = self.head_width
-        attention = (self.n_heads + 2 * self.kv_heads) * K + self.d_model if self.attention_bias else 0
+        attention = (self.n_heads + 2 * self.kv_heads) * self.head_width if self.attention_bias else 0
+        out = self.d_model if self.attention_out_bias else 0
         mlp = (2 if self.gated else 1) * self.ff_width + self.d_model if self.mlp_bias else 0
-        return attention + mlp + (2 * K if self.qk_norm else 0) + 2 * self._norm_params()
+        norms = (4 if self.norm_position == "both" else 2) * self._norm_params()
+        return attention + out + mlp + sum(self.qk_norm_widths) + norms
 
     def _norm_params(self) -> int:
         return self.d_model * (2 if self.norm_bias else 1)
 
-    def _saved_values_per_token(self, value_bytes: int) -> int:
-        """Bytes a token leaves behind in one block for its backward pass (checked against a real one in the tests)."""
-        D, F = self.d_model, self.ff_width
-        heads = (self.n_heads + 2 * self.kv_heads) * self.head_width
-        stream = 2 * D * 4  # the inputs of the two norms
-        products = 2 * D + 2 * heads + self.n_heads * self.head_width  # inputs of q/k/v, of the attention, of o and mlp
+    def _saved_bytes_per_token(self, value_bytes: int) -> int:
+        """What a token leaves behind in one block for its backward pass (checked against a real one in the tests)."""
+        D, F, K = self.d_model, self.ff_width, self.head_width
+        heads = (self.n_heads + 2 * self.kv_heads) * K
+        norms = (4 if self.norm_position == "both" else 2) * D * 4  # their inputs
+        if self.qk_norm is not None:
+            norms += (self.n_heads + self.kv_heads) * K * 4
+        products = 2 * D + 2 * heads + self.n_heads * K  # inputs of q/k/v, of the attention, of o and mlp
         mlp = (4 if self.gated else 2) * F
-        return stream + (products + mlp) * value_bytes
+        return norms + (products + mlp) * value_bytes
+
+    def _score_bytes_per_token(self, seq_len: int, value_bytes: int) -> int:
+        """Soft-capped scores: two copies in fp32, one for the product. A GPU holds none, unless it needs dropout."""
+        if self.attention_softcap is None or (self.dropout == 0 and self.head_width >= MIN_FLEX_WIDTH):
+            return 0
+        return self.n_heads * seq_len * (8 + value_bytes)
 
     def _range_problems(self) -> Problems:
         sizes = ("max_seq_len", "d_model", "n_layers", "n_heads")
-        optional = ("vocab_size", "n_kv_heads", "d_head", "d_ff")
+        optional = ("vocab_size", "n_kv_heads", "d_head", "d_ff", "attention_scale_dim")
         found = [(name, "must be at least 1") for name in sizes if getattr(self, name) < 1]
         found += [
             (name, "must be null or at least 1")
@@ -186,8 +229,18 @@ class DecoderConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1
         ]
         found += [(name, "must be above 0") for name in ("norm_eps", "init_std") if not getattr(self, name) > 0]
+        found += [
+            (name, "must be null or above 0")
+            for name in ("attention_softcap", "logit_softcap")
+            if getattr(self, name) is not None and not getattr(self, name) > 0
+        ]
         if not 0 <= self.dropout < 1:
             found.append(("dropout", "must be in [0, 1)"))
+        if not 0 < self.rotary_fraction <= 1:
+            found.append(("rotary_fraction", "must be in (0, 1]"))
+        windows = self.attention_windows
+        if windows is not None and (not windows or any(window is not None and window < 1 for window in windows)):
+            found.append(("attention_windows", "must be null or a list of nulls and numbers of at least 1"))
         return found
 
     def _shape_problems(self) -> Problems:
@@ -198,18 +251,45 @@ class DecoderConfig:
             found.append(("n_heads", f"must divide d_model ({self.d_model}), or set d_head"))
         if self.n_heads % self.kv_heads:
             found.append(("n_kv_heads", f"must divide n_heads ({self.n_heads})"))
-        if self.position == "rotary" and self.head_width % 2:
+        if self.position == "learned":
+            return found
+        if self.rotary_fraction < 1 and (self.rotary_width < 2 or self.rotary_width % 2):
+            found.append(("rotary_fraction", f"must give an even number of dimensions, gives {self.rotary_width}"))
+        elif self.rotary_width % 2:
             found.append(("d_head", f"must be even for rotary positions, got {self.head_width}"))
+        elif self.rope_scaling is not None:
+            found += [("rope_scaling", fault) for fault in scaling_faults(self.rope_scaling, self.rotary_width)]
         return found
 
     def _contradictions(self) -> Problems:
         found = []
-        if self.position == "rotary" and (self.rope_theta is None or not self.rope_theta > 1):
-            found.append(("rope_theta", "must be above 1 with position=rotary"))
-        if self.position == "learned" and self.rope_theta is not None:
-            found.append(("rope_theta", "has no effect with position=learned; set it to null"))
         if self.norm == "rmsnorm" and self.norm_bias:
             found.append(("norm_bias", "has no effect with norm=rmsnorm; set it to false"))
+        if self.parallel_residual and self.norm_position != "pre":
+            found.append(("parallel_residual", "needs norm_position=pre"))
+        return [*found, *(self._learned_problems() if self.position == "learned" else self._rotary_problems())]
+
+    def _learned_problems(self) -> Problems:
+        names = ("rope_theta", "local_rope_theta", "rope_scaling")
+        found = [
+            (name, "has no effect with position=learned; set it to null")
+            for name in names
+            if getattr(self, name) is not None
+        ]
+        if self.rotary_fraction != 1:
+            found.append(("rotary_fraction", "has no effect with position=learned; set it to 1"))
+        return found
+
+    def _rotary_problems(self) -> Problems:
+        found = []
+        if self.rope_theta is None or not self.rope_theta > 1:
+            found.append(("rope_theta", "must be above 1 with position=rotary"))
+        if self.local_rope_theta is None:
+            return found
+        if not self.local_rope_theta > 1:
+            found.append(("local_rope_theta", "must be null or above 1"))
+        if not any(self.attention_windows or ()):
+            found.append(("local_rope_theta", "has no effect without attention_windows; set it to null"))
         return found
 
 

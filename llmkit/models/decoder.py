@@ -1,4 +1,4 @@
-"""The decoder: token (and position) embedding, pre-norm blocks, final norm, output head."""
+"""The decoder: token (and position) embedding, blocks, final norm, output head."""
 
 from __future__ import annotations
 
@@ -17,19 +17,32 @@ from llmkit.models.layers import (
     Linear,
     Rotation,
     build_norm,
+    compute_dtype,
     init_normal,
     residual_std,
     rotation,
+    soft_cap,
 )
+from llmkit.models.rope import scaled_rotation
+
+View = tuple[Rotation | None, AttentionMask]  # what differs between layers with and without a window
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm, Radford et al. 2019)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)) (pre-norm, Radford et al. 2019), or where the config says so:
+
+    post x + norm(f(x)) (OLMo 2), both x + norm(f(norm(x))) (Gemma 2), parallel x + attention(norm(x)) + mlp(norm(x))
+    (GPT-NeoX).
+    """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
+        both = config.norm_position == "both"
+        self.norm_first, self.parallel = config.norm_position != "post", config.parallel_residual
         self.attention_norm, self.attention = build_norm(config), Attention(config)
+        self.attention_post_norm = build_norm(config) if both else None
         self.mlp_norm, self.mlp = build_norm(config), FeedForward(config)
+        self.mlp_post_norm = build_norm(config) if both else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -40,9 +53,24 @@ class Block(nn.Module):
         cache: LayerCache | None = None,
         start: int = 0,
     ) -> Tensor:
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), rotation, mask, cache, start))
-        added_BTD: Tensor = self.dropout(self.mlp(self.mlp_norm(x_BTD)))
-        return x_BTD + added_BTD
+        inner_BTD = self._before(x_BTD, self.attention_norm)
+        inner_BTD = self.attention(inner_BTD, rotation, mask, cache, start)
+        attended_BTD = x_BTD + self._after(inner_BTD, self.attention_norm, self.attention_post_norm)
+        inner_BTD = self.mlp(self._before(x_BTD if self.parallel else attended_BTD, self.mlp_norm))
+        return attended_BTD + self._after(inner_BTD, self.mlp_norm, self.mlp_post_norm)
+
+    def _before(self, x_BTD: Tensor, norm: nn.Module) -> Tensor:
+        """What a layer reads, in the compute type."""
+        return norm(x_BTD) if self.norm_first else x_BTD.to(compute_dtype(x_BTD))
+
+    def _after(self, x_BTD: Tensor, norm: nn.Module, post_norm: nn.Module | None) -> Tensor:
+        """What a layer adds."""
+        if post_norm is not None:
+            x_BTD = post_norm(x_BTD)
+        elif not self.norm_first:
+            x_BTD = norm(x_BTD)
+        added_BTD: Tensor = self.dropout(x_BTD)
+        return added_BTD
 
 
 class Decoder(nn.Module):
@@ -63,6 +91,11 @@ class Decoder(nn.Module):
     @property
     def max_seq_len(self) -> int:
         return self.config.max_seq_len
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """What ``forward`` caps the logits with, and a loss has to."""
+        return self.config.logit_softcap
 
     @property
     def output_weight_VD(self) -> Tensor:
@@ -96,7 +129,8 @@ class Decoder(nn.Module):
         ``document_ids_BT`` every row is one document; tokens added to a cache without it belong to document 0.
         """
         hidden_BTD = self._hidden(input_ids_BT, position_ids_BT, document_ids_BT, cache)
-        return nn.functional.linear(hidden_BTD[:, -1:] if last_only else hidden_BTD, self.output_weight_VD)
+        hidden_BTD = hidden_BTD[:, -1:] if last_only else hidden_BTD
+        return soft_cap(nn.functional.linear(hidden_BTD, self.output_weight_VD), self.logit_softcap)
 
     def init_weights(self, seed: int) -> None:
         """Normal with ``init_std``; matrices that write to the residual stream divided by sqrt(2 L) if asked for.
@@ -127,7 +161,7 @@ class Decoder(nn.Module):
         def empty() -> Tensor:
             return torch.empty(shape, dtype=dtype, device=weight.device)
 
-        layers = [LayerCache(empty(), empty()) for _ in range(config.n_layers)]
+        layers = [LayerCache(empty(), empty(), window) for window in config.layer_windows]
         return KVCache(layers, torch.zeros(batch_size, max_len, dtype=torch.int64, device=weight.device))
 
     def _hidden(
@@ -139,15 +173,15 @@ class Decoder(nn.Module):
     ) -> Tensor:
         if position_ids_BT is None:
             position_ids_BT = self._next_positions(input_ids_BT, 0 if cache is None else cache.length)
-        x_BTD = self.embedding(input_ids_BT)
-        if self.position_embedding is not None:
-            x_BTD = x_BTD + self.position_embedding(position_ids_BT)
-        x_BTD = self.dropout(x_BTD)
-        turn = self._rotation(position_ids_BT)
+        x_BTD = self._embedded(input_ids_BT, position_ids_BT)
+        windows = set(self.config.layer_windows)
         if cache is None:
-            x_BTD = self._run_blocks(x_BTD, turn, self._mask(document_ids_BT))
+            masks = self._masks(windows, input_ids_BT, document_ids_BT)
         else:
-            x_BTD = self._run_blocks_cached(x_BTD, turn, cache, document_ids_BT)
+            masks = {window: cache.mask_of(document_ids_BT, x_BTD.shape[1], window) for window in windows}
+        turns = self._rotations(windows, position_ids_BT, document_ids_BT)
+        views = {window: (turns[window], masks[window]) for window in windows}
+        x_BTD = self._run_blocks(x_BTD, views) if cache is None else self._run_blocks_cached(x_BTD, views, cache)
         hidden_BTD: Tensor = self.norm(x_BTD)
         return hidden_BTD
 
@@ -158,27 +192,58 @@ class Decoder(nn.Module):
             raise ConfigError(what, where="model.max_seq_len", fix="use shorter sequences")
         return torch.arange(start, stop, device=input_ids_BT.device)[None]
 
-    def _rotation(self, position_ids_BT: Tensor) -> Rotation | None:
-        config = self.config
-        return None if config.rope_theta is None else rotation(position_ids_BT, config.head_width, config.rope_theta)
+    def _embedded(self, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
+        x_BTD = self.embedding(input_ids_BT)
+        if self.config.scale_embedding:
+            x_BTD = x_BTD * self.config.d_model**0.5
+        if self.position_embedding is not None:
+            x_BTD = x_BTD + self.position_embedding(position_ids_BT)
+        embedded_BTD: Tensor = self.dropout(x_BTD)
+        return embedded_BTD
 
-    def _mask(self, document_ids_BT: Tensor | None) -> AttentionMask:
-        dropout = self.config.dropout if self.training else 0.0
-        return attention_mask(
-            document_ids_BT, flex=use_flex(self.config.head_width, dropout, self.embedding.weight.device)
-        )
+    def _rotations(
+        self, windows: set[int | None], position_ids_BT: Tensor, document_ids_BT: Tensor | None
+    ) -> dict[int | None, Rotation | None]:
+        """Angles for each window. Where layers with one have a theta of their own, they are not scaled."""
+        config, width = self.config, self.config.rotary_width
+        if config.rope_theta is None:
+            return dict.fromkeys(windows)
+        if config.rope_scaling is None:
+            turn = rotation(position_ids_BT, width, config.rope_theta)
+        else:
+            turn = scaled_rotation(position_ids_BT, document_ids_BT, width, config.rope_theta, config.rope_scaling)
+        local = turn
+        if config.local_rope_theta is not None:
+            local = rotation(position_ids_BT, width, config.local_rope_theta)
+        return {window: turn if window is None else local for window in windows}
 
-    def _run_blocks(self, x_BTD: Tensor, turn: Rotation | None, mask: AttentionMask) -> Tensor:
+    def _masks(
+        self, windows: set[int | None], input_ids_BT: Tensor, document_ids_BT: Tensor | None
+    ) -> dict[int | None, AttentionMask]:
+        """One mask for each window, and one in all for those that are no shorter than the sequence."""
+        config, T = self.config, input_ids_BT.shape[1]
+        dropout = config.dropout if self.training else 0.0
+        flex = use_flex(config.head_width, dropout, self.embedding.weight.device)
+        felt = {window: window if window is not None and window < T else None for window in windows}
+        made: dict[int | None, AttentionMask] = {}
+        for window in set(felt.values()):
+            documents_BT = document_ids_BT
+            if documents_BT is None and (window is not None or (flex and config.attention_softcap is not None)):
+                documents_BT = torch.zeros_like(input_ids_BT[:1])  # one document; SDPA needs no mask for it
+            made[window] = attention_mask(documents_BT, flex=flex, window=window)
+        return {window: made[felt[window]] for window in windows}
+
+    def _run_blocks(self, x_BTD: Tensor, views: dict[int | None, View]) -> Tensor:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:
+        for block, window in zip(self.blocks, self.config.layer_windows, strict=True):
+            turn, mask = views[window]
             x_BTD = checkpoint(block, x_BTD, turn, mask, use_reentrant=False) if recompute else block(x_BTD, turn, mask)
         return x_BTD
 
-    def _run_blocks_cached(
-        self, x_BTD: Tensor, turn: Rotation | None, cache: KVCache, document_ids_BT: Tensor | None
-    ) -> Tensor:
-        mask, start = cache.mask_of(document_ids_BT, x_BTD.shape[1]), cache.length
+    def _run_blocks_cached(self, x_BTD: Tensor, views: dict[int | None, View], cache: KVCache) -> Tensor:
+        start = cache.length
         for block, layer in zip(self.blocks, cache.layers, strict=True):
+            turn, mask = views[layer.window]
             # Not through a compiled __call__: every length would be a new shape to compile for.
             x_BTD = block.forward(x_BTD, turn, mask, layer, start)
         cache.length += x_BTD.shape[1]

@@ -74,8 +74,8 @@ class EncoderBlock(nn.Module):
     def __init__(self, config: EncoderConfig, *, first: bool) -> None:
         super().__init__()
         self.post = config.norm_position == "post"
-        left_out = first and not self.post and not config.share_layers
-        self.attention_norm = None if left_out else layer_norm(config, keep_type=self.post)
+        has_norm = not first or config.norms_first_block
+        self.attention_norm = layer_norm(config, keep_type=self.post) if has_norm else None
         self.attention = EncoderAttention(config)
         self.mlp_norm = layer_norm(config, keep_type=self.post)
         self.mlp = FeedForward(config)
@@ -98,34 +98,39 @@ class Transform(nn.Module):
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        self.dense = Linear(config.d_model, config.d_model, bias=config.transform_bias)
-        self.norm = layer_norm(config, keep_type=False)
+        width = config.embedding_width
+        self.dense = Linear(config.d_model, width, bias=config.transform_bias)
+        self.norm = layer_norm(config, keep_type=False, width=width)
         self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
 
     def forward(self, hidden_PD: Tensor) -> Tensor:
-        states_PD: Tensor = self.norm(F.gelu(self.dense(hidden_PD), approximate=self.approximate))
-        return states_PD
+        states_PE: Tensor = self.norm(F.gelu(self.dense(hidden_PD), approximate=self.approximate))
+        return states_PE
 
 
 class Encoder(nn.Module):
     """An encoder with its pretraining heads, its parameters uninitialised until ``init_weights`` or a checkpoint.
 
-    With ``share_layers`` there is one block, used ``n_layers`` times (ALBERT, Lan et al. 2020, section 3.1).
+    With ``share_layers`` there is one block, used ``n_layers`` times (ALBERT, Lan et al. 2020, section 3.1). Embeddings
+    of another width E than the blocks' (ELECTRA, Clark et al. 2020, appendix A) go through a dense layer first.
     """
+
+    logit_softcap: float | None = None  # these logits are never capped
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
-        D, rows = config.d_model, config.vocab_rows
-        self.embedding = Embedding(rows, D)
-        self.position_embedding = Embedding(config.max_seq_len, D) if config.position == "learned" else None
-        self.segment_embedding = Embedding(config.n_segments, D) if config.n_segments else None
-        self.embedding_norm = layer_norm(config, keep_type=True)
+        D, E, rows = config.d_model, config.embedding_width, config.vocab_rows
+        self.embedding = Embedding(rows, E)
+        self.position_embedding = Embedding(config.max_seq_len, E) if config.position == "learned" else None
+        self.segment_embedding = Embedding(config.n_segments, E) if config.n_segments else None
+        self.embedding_norm = layer_norm(config, keep_type=True, width=E)
+        self.embedding_projection = Linear(E, D) if config.projected else None
         self.blocks = nn.ModuleList(EncoderBlock(config, first=i == 0) for i in range(config.n_blocks))
         self.norm = layer_norm(config, keep_type=False) if config.norm_position == "pre" else None
         self.transform = Transform(config)
-        self.head = None if config.tie_embeddings else Linear(D, rows, bias=False)
+        self.head = None if config.tie_embeddings else Linear(E, rows, bias=False)
         self.output_bias = nn.Parameter(torch.empty(rows)) if config.head_bias else None
         self.pooler = Linear(D, D) if config.pooler else None
         self.pair_head = Linear(D, 2) if config.pooler else None
@@ -150,9 +155,9 @@ class Encoder(nn.Module):
         return self._hidden(batch.input_ids, batch.position_ids, batch.document_ids, batch.segment_ids)
 
     def output_states(self, hidden_PD: Tensor) -> Tensor:
-        """PD: the states that the output matrix reads. Only positions that are predicted need it."""
-        states_PD: Tensor = self.transform(hidden_PD)
-        return states_PD
+        """PE: the states that the output matrix reads. Only positions that are predicted need it."""
+        states_PE: Tensor = self.transform(hidden_PD)
+        return states_PE
 
     def pair_logits(self, hidden_ND: Tensor) -> Tensor:
         """N2 from the hidden states of each pair's first token: 0 says the second segment follows, 1 that it does not.
@@ -223,14 +228,18 @@ class Encoder(nn.Module):
 
     def _embedded(self, input_ids_BT: Tensor, position_ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
         """The sum of the embeddings, after norm and dropout. A table of one segment has all tokens in it."""
-        x_BTD: Tensor = self.embedding(input_ids_BT)
+        x_BTE: Tensor = self.embedding(input_ids_BT)
         if self.segment_embedding is not None:
             if segment_ids_BT is None or self.config.n_segments == 1:
                 segment_ids_BT = torch.zeros_like(input_ids_BT)
-            x_BTD = x_BTD + self.segment_embedding(segment_ids_BT)
+            x_BTE = x_BTE + self.segment_embedding(segment_ids_BT)
         if self.position_embedding is not None:
-            x_BTD = x_BTD + self.position_embedding(position_ids_BT)
-        embedded_BTD: Tensor = self.dropout(self.embedding_norm(x_BTD))
+            x_BTE = x_BTE + self.position_embedding(position_ids_BT)
+        embedded_BTE: Tensor = self.dropout(self.embedding_norm(x_BTE))
+        if self.embedding_projection is None:
+            return embedded_BTE
+        # as wide as the stream, and in its type: autocast would give the compute type
+        embedded_BTD: Tensor = self.embedding_projection(embedded_BTE).to(embedded_BTE.dtype)
         return embedded_BTD
 
     def _views(self, position_ids_BT: Tensor, document_ids_BT: Tensor | None, dtype: torch.dtype) -> tuple[View, View]:
@@ -256,8 +265,8 @@ class Encoder(nn.Module):
         return x_BTD
 
 
-def layer_norm(config: EncoderConfig, *, keep_type: bool) -> LayerNorm:
-    return LayerNorm(config.d_model, config.norm_eps, bias=config.norm_bias, keep_type=keep_type)
+def layer_norm(config: EncoderConfig, *, keep_type: bool, width: int | None = None) -> LayerNorm:
+    return LayerNorm(width or config.d_model, config.norm_eps, bias=config.norm_bias, keep_type=keep_type)
 
 
 def _for_matrices(x: Tensor) -> Tensor:

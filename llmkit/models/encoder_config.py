@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """BERT, RoBERTa and ModernBERT in one encoder. Null fields are derived (properties below).
+    """BERT, RoBERTa, DistilBERT, ELECTRA and ModernBERT in one encoder. Null fields are derived (properties below).
 
     BERT (Devlin et al. 2019) and RoBERTa (Liu et al. 2019): ``norm_position`` post, learned positions, GELU, biases.
+    DistilBERT (Sanh et al. 2019): the same without segments. ELECTRA (Clark et al. 2020): the same with embeddings of
+    a width of their own, ``d_embedding``; null in all others, so that an ELECTRA with equal widths is known as one.
     ModernBERT (Warner et al. 2024): ``norm_position`` pre, rotary positions, GeGLU, no biases, and of every
     ``global_every`` layers only the first sees the whole document.
     """
@@ -28,6 +30,7 @@ class EncoderConfig:
     vocab_size: int | None
     max_seq_len: int
     d_model: int
+    d_embedding: int | None
     n_layers: int
     n_heads: int
     d_ff: int | None
@@ -60,6 +63,16 @@ class EncoderConfig:
         return self.activation in ("swiglu", "geglu")
 
     @property
+    def embedding_width(self) -> int:
+        """E: the width of the embeddings and of what the output matrix reads."""
+        return self.d_model if self.d_embedding is None else self.d_embedding
+
+    @property
+    def projected(self) -> bool:
+        """Whether a dense layer stands between the embeddings and the first block."""
+        return self.embedding_width != self.d_model
+
+    @property
     def head_width(self) -> int:
         """K."""
         return self.d_model // self.n_heads
@@ -84,6 +97,11 @@ class EncoderConfig:
         return 1 if self.share_layers else self.n_layers
 
     @property
+    def norms_first_block(self) -> bool:
+        """False where the first block reads what has just had a norm, and so has none before its attention."""
+        return self.norm_position == "post" or self.share_layers or self.projected
+
+    @property
     def vocab_rows(self) -> int:
         """V; raises ``ConfigError`` while the tokenizer is not known."""
         return known_vocab(self.vocab_size)
@@ -100,33 +118,34 @@ class EncoderConfig:
 
     def n_params(self) -> int:
         """All trainable parameters, exactly; a tied output matrix counts once, and so does a shared block."""
-        V, D = self.vocab_rows, self.d_model
+        V, E = self.vocab_rows, self.embedding_width
         positions = self.max_seq_len if self.position == "learned" else 0
-        outputs = (0 if self.tie_embeddings else V * D) + (V if self.head_bias else 0)
-        return (V + positions + self.n_segments) * D + self.n_params_without_embeddings() + outputs
+        outputs = (0 if self.tie_embeddings else V * E) + (V if self.head_bias else 0)
+        return (V + positions + self.n_segments) * E + self.n_params_without_embeddings() + outputs
 
     def n_params_without_embeddings(self) -> int:
         """Parameters outside the three embeddings and the output head (Kaplan et al. 2020, section 2.1)."""
-        D, norm = self.d_model, self._norm_params()
+        D, E, norm = self.d_model, self.embedding_width, self._norm_params()
         blocks = self.n_blocks * (self._block_matrices() + self._block_vectors())
         pre = self.norm_position == "pre"
-        norms = norm + (norm if pre else 0)  # of the embeddings; before the output
-        first = norm if pre and not self.share_layers else 0  # that the first block lacks
-        transform = D * D + (D if self.transform_bias else 0) + norm
+        norms = self._norm_params(E) + (norm if pre else 0)  # of the embeddings; before the output
+        first = 0 if self.norms_first_block else norm
+        projection = self._projection_matrix() + (D if self.projected else 0)
+        transform = D * E + (E if self.transform_bias else 0) + self._norm_params(E)
         pooler = D * D + D + 2 * D + 2 if self.pooler else 0
-        return blocks - first + norms + transform + pooler
+        return blocks - first + norms + projection + transform + pooler
 
     def matmul_params(self) -> int:
-        """Parameters that multiply every token: all matrices of the blocks, the transform and the output matrix.
+        """Parameters that multiply every token: all matrices of the blocks, projection, transform and output matrix.
 
         A shared block counts as often as it is used, the output matrix tied or not. No look-ups, and not the pooler,
         which reads one token a pair.
         """
-        return self.n_layers * self._block_matrices() + self.head_params()
+        return self.n_layers * self._block_matrices() + self._projection_matrix() + self.head_params()
 
     def head_params(self) -> int:
         """Those of them that only predicted tokens meet: the transform and the output matrix."""
-        return self.d_model**2 + self.vocab_rows * self.d_model
+        return (self.d_model + self.vocab_rows) * self.embedding_width
 
     def flops_per_token(self, seq_len: int, target_len: int = 0) -> int:
         """FLOPs of one training token, forward and backward: ``6 N + 12 D (seen in layer 1 + seen in layer 2 ...)``.
@@ -198,8 +217,11 @@ class EncoderConfig:
         mlp = (2 if self.gated else 1) * self.ff_width + self.d_model if self.mlp_bias else 0
         return attention + mlp + 2 * self._norm_params()
 
-    def _norm_params(self) -> int:
-        return self.d_model * (2 if self.norm_bias else 1)
+    def _projection_matrix(self) -> int:
+        return self.embedding_width * self.d_model if self.projected else 0
+
+    def _norm_params(self, width: int | None = None) -> int:
+        return (width or self.d_model) * (2 if self.norm_bias else 1)
 
     def _saved_bytes_per_token(self, value_bytes: int) -> int:
         """What a token leaves behind in one block for its backward pass (checked against a real one in the tests)."""
@@ -211,7 +233,7 @@ class EncoderConfig:
 
     def _range_problems(self) -> Problems:
         sizes = ("max_seq_len", "d_model", "n_layers", "n_heads", "global_every")
-        optional = ("vocab_size", "d_ff", "local_window")
+        optional = ("vocab_size", "d_embedding", "d_ff", "local_window")
         found = [(name, "must be at least 1") for name in sizes if getattr(self, name) < 1]
         found += [
             (name, "must be null or at least 1")

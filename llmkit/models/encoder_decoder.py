@@ -196,6 +196,8 @@ class Stack(nn.Module):
 class EncoderDecoder(nn.Module):
     """Parameters are uninitialised until ``init_weights`` or a checkpoint fills them."""
 
+    logit_softcap: float | None = None  # these logits are never capped
+
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()
         self.config = config
@@ -309,7 +311,7 @@ class EncoderDecoder(nn.Module):
         document_ids_BT: Tensor | None,
         cache: Seq2SeqCache | None,
     ) -> Tensor:
-        x_BTD = self.decoder.start(self.embedding(input_ids_BT), position_ids_BT)
+        x_BTD = self.decoder.start(self.embedding(self._started(input_ids_BT, position_ids_BT)), position_ids_BT)
         n_source = memory.states_BSD.shape[1]
         source, blind = source_mask(document_ids_BT, memory.document_ids_BS, input_ids_BT, n_source)
         dtype = compute_dtype(x_BTD)
@@ -320,6 +322,11 @@ class EncoderDecoder(nn.Module):
         known = position_ids_BT[:1] if document_ids_BT is None else position_ids_BT
         sight = Sight(self.decoder.own_mask(seen, known, known, dtype), source, blind)
         return self._run_blocks(self.decoder, x_BTD, sight, memory.states_BSD)
+
+    def _started(self, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
+        """With the model's start id at the first position of every target, whatever the caller has put there."""
+        start = self.config.start_id
+        return input_ids_BT if start is None else input_ids_BT.masked_fill(position_ids_BT == 0, start)
 
     def _next_positions(self, input_ids_BT: Tensor, start: int) -> Tensor:
         stop = start + input_ids_BT.shape[1]

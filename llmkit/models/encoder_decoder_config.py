@@ -18,7 +18,10 @@ MIN_BUCKETS = 4  # half of them for each direction, half of those for exact dist
 
 @dataclass(frozen=True)
 class EncoderDecoderConfig:
-    """T5 style and BART or Marian style in one encoder-decoder. Null fields are derived (properties below)."""
+    """T5 style and BART or Marian style in one encoder-decoder. Null fields are derived (properties below).
+
+    Every target begins with the pad id; where ``start_id`` is set, the decoder reads that id in its place.
+    """
 
     kind: ClassVar[str] = "encoder_decoder"
 
@@ -48,6 +51,7 @@ class EncoderDecoderConfig:
     dropout: float
     tie_embeddings: bool
     init_std: float | None
+    start_id: int | None
 
     # -- derived sizes ------------------------------------------------------------------------------------------
 
@@ -235,6 +239,8 @@ class EncoderDecoderConfig:
             found.append(("init_std", "must be null or above 0"))
         if not 0 <= self.dropout < 1:
             found.append(("dropout", "must be in [0, 1)"))
+        if self.start_id is not None and not 0 <= self.start_id < (self.vocab_size or self.start_id + 1):
+            found.append(("start_id", "must be null or an id of the vocabulary"))
         return found
 
     def _position_problems(self) -> Problems:

@@ -124,17 +124,39 @@ def rotation(position_ids_BT: Tensor, width: int, theta: float) -> Rotation:
     Computed from the positions once per forward pass, in fp32 whatever the compute type is. So there is no table that a
     cast could round, a checkpoint could carry, or a move to another device could leave behind.
     """
-    exponents = torch.arange(0, width, 2, device=position_ids_BT.device, dtype=torch.float32) / width
-    angles = position_ids_BT[:, :, None, None].float() * theta**-exponents
+    return turned(position_ids_BT, 1.0 / wave_lengths(width, theta, position_ids_BT.device))
+
+
+def wave_lengths(width: int, theta: float | Tensor, device: torch.device) -> Tensor:
+    """``theta^(2i/K)``: the positions that each pair of dimensions takes for a radian."""
+    exponents = torch.arange(0, width, 2, device=device, dtype=torch.float32) / width
+    lengths: Tensor = theta**exponents
+    return lengths
+
+
+def turned(position_ids_BT: Tensor, frequencies: Tensor) -> Rotation:
+    """Cosine and sine of positions times frequencies (K, or BT1K)."""
+    angles = position_ids_BT[:, :, None, None].float() * frequencies
     return angles.cos(), angles.sin()
 
 
 def rotate(x_BTHK: Tensor, by: Rotation) -> Tensor:
-    """Turn every head, in the split-halves layout of the Hugging Face Llama checkpoints; fp32 inside."""
+    """Turn every head, in the split-halves layout of the Hugging Face Llama checkpoints; fp32 inside.
+
+    Angles for fewer dimensions than a head has turn the first ones and leave the others.
+    """
     cos, sin = by
-    first, second = x_BTHK.chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x_BTHK.dtype)
+    width = 2 * cos.shape[-1]
+    first, second = x_BTHK[..., :width].chunk(2, dim=-1)
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    if width < x_BTHK.shape[-1]:
+        parts.append(x_BTHK[..., width:])
+    return torch.cat(parts, dim=-1).to(x_BTHK.dtype)
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """``cap * tanh(x / cap)``: values stay below ``cap`` (Gemma 2, arXiv 2408.00118, section 2); null leaves them."""
+    return x if cap is None else cap * torch.tanh(x / cap)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

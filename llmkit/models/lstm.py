@@ -32,6 +32,8 @@ class LSTMLanguageModel(nn.Module):
     them or the last ``attention_window``; score and combination are Luong's.
     """
 
+    logit_softcap: float | None = None  # these logits are never capped
+
     def __init__(self, config: LSTMConfig) -> None:
         super().__init__()
         self.config = config

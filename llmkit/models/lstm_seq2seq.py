@@ -36,6 +36,8 @@ class LSTMSeq2Seq(nn.Module):
     the final states of layer l of the encoder, both directions side by side, as they are.
     """
 
+    logit_softcap: float | None = None  # these logits are never capped
+
     def __init__(self, config: LSTMSeq2SeqConfig) -> None:
         super().__init__()
         self.config = config

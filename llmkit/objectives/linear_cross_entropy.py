@@ -9,7 +9,8 @@ With z the logits of a row, lse = log sum exp z, p = softmax z, e the label smoo
     loss = (1 - e) (lse - z_label) + e (lse - mean z) + c lse^2
     d loss / d z = (1 + 2 c lse) p - (1 - e) onehot(label) - e / V
 
-The gradient of the bias is the sum of these rows.
+The gradient of the bias is the sum of these rows. With a soft cap k (Gemma 2, arXiv 2408.00118, section 2) the z above
+is ``k tanh(y / k)`` of the products y, and the rows are multiplied by ``dz / dy = 1 - (z / k)^2``.
 
 Smoothing as in Szegedy et al. 2016, section 7; z-loss as in Chowdhery et al. 2022 (PaLM), section 5.
 """
@@ -38,11 +39,12 @@ class LossParts(NamedTuple):
 
 @dataclass(frozen=True)
 class Shape:
-    """The form of the loss: smoothing share, z-loss weight, rows of a chunk."""
+    """The form of the loss: smoothing share, z-loss weight, rows of a chunk, soft cap of the logits."""
 
     label_smoothing: float
     z_loss: float
     chunk_size: int
+    softcap: float | None
 
 
 class _Grads(NamedTuple):
@@ -59,6 +61,7 @@ def linear_cross_entropy(
     labels_P: Tensor,
     *,
     bias_V: Tensor | None = None,
+    softcap: float | None = None,
     n_targets: int | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
@@ -66,6 +69,7 @@ def linear_cross_entropy(
 ) -> LossParts:
     """Summed loss of ``hidden_PD @ weight_VD.T + bias_V`` against ``labels_P``; rows of ``IGNORE_INDEX`` cost nothing.
 
+    ``softcap``: logits z become ``softcap * tanh(z / softcap)``, which takes a second chunk of memory in training.
     ``n_targets``, the number of other rows, saves a device synchronisation when given. Under autocast the products run
     in its type; bias, softmax, loss and the sums of the gradients of weight and bias are fp32 always.
     """
@@ -75,7 +79,7 @@ def linear_cross_entropy(
     kind = hidden_PD.device.type
     autocast = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocast else torch.promote_types(hidden_PD.dtype, weight_VD.dtype)
-    shape = Shape(label_smoothing, z_loss, chunk_size or auto_chunk_size(weight_VD.shape[0], kind))
+    shape = Shape(label_smoothing, z_loss, chunk_size or auto_chunk_size(weight_VD.shape[0], kind), softcap)
     inputs = (hidden_PD, weight_VD, bias_V)
     with torch.autocast(kind, enabled=False):
         hidden_PD = hidden_PD.to(dtype)
@@ -150,13 +154,24 @@ def _chunked(
         logits_CV = product_CV if single else logits[: rows.shape[0]].copy_(product_CV)
         if bias_V is not None:
             logits_CV.add_(bias_V)
+        slopes_CV = None if shape.softcap is None else _cap_(logits_CV, shape.softcap, slopes=gradient)
         sums_4 += _loss_(logits_CV, labels_C1, shape, gradient=gradient)
+        if slopes_CV is not None:
+            logits_CV.mul_(slopes_CV)
         if grads.bias_V is not None:
             grads.bias_V.add_(logits_CV.sum(0))
         if gradient:
             grad_CV = logits_CV if single else product_CV.copy_(logits_CV)
             _multiply_in(grad_CV, hidden_CD, weight_VD, rows, grads)
     return sums_4.unbind()
+
+
+def _cap_(logits_CV: Tensor, softcap: float, *, slopes: bool) -> Tensor | None:
+    """Cap the logits in place; returns the derivatives of the capped ones if they are wanted."""
+    logits_CV.div_(softcap).tanh_()
+    derivatives_CV = torch.addcmul(logits_CV.new_ones(()), logits_CV, logits_CV, value=-1) if slopes else None
+    logits_CV.mul_(softcap)
+    return derivatives_CV
 
 
 def _multiply_in(grad_CV: Tensor, hidden_CD: Tensor, weight_VD: Tensor, rows_C: Tensor, grads: _Grads) -> None:

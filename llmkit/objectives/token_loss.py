@@ -74,6 +74,7 @@ class TokenPrediction:
             model.output_weight_VD,
             labels_P,
             bias_V=model.output_bias_V,
+            softcap=model.logit_softcap,
             n_targets=batch.n_targets,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,

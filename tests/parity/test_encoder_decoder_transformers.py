@@ -18,7 +18,7 @@ from llmkit.interfaces import NO_DOCUMENT, TokenIds, Tokens
 from llmkit.models.encoder_decoder_config import EncoderDecoderConfig
 from llmkit.models.hf import load_config, load_model, save_model
 from llmkit.models.hf.families import family_of
-from llmkit.models.hf.save import export
+from llmkit.models.hf.rows import export
 from tests.token_ids import token_ids
 from tests.unit.byte_tokenizer import ByteTokenizer
 from tests.unit.models.tiny_seq2seq import bart, built, logits_of, marian, packed, padded, random_ids, t5, whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from llmkit.models.hf import load_config, load_model, save_model
 from llmkit.models.hf.bert import HEADS
 from llmkit.models.hf.families import family_of
 from llmkit.models.hf.family import Family
-from llmkit.models.hf.save import export
-from tests.unit.models.test_encoder_config import bert, modern, roberta
+from llmkit.models.hf.rows import export
+from tests.unit.models.test_encoder_config import bert, distil, electra, modern, roberta
 from tests.unit.models.tiny import built
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of transformers
 
-N_CONFIGS = 9
+N_CONFIGS = 10
 LOGITS, GRADIENTS = 1e-5, 1e-4
 PAD = 3
 
@@ -56,6 +57,16 @@ def odd_masked_bert(seed: int) -> EncoderConfig:
 
 def odd_roberta(seed: int) -> EncoderConfig:
     return odd_bert(seed, pooler=False, n_segments=1, activation="gelu")
+
+
+def odd_distil(seed: int) -> EncoderConfig:
+    return odd_bert(seed, pooler=False, n_segments=0, norm_eps=1e-12)
+
+
+def odd_electra(seed: int) -> EncoderConfig:
+    """Narrower, wider and as wide embeddings as the blocks."""
+    config = odd_bert(seed, pooler=False, activation="gelu")
+    return replace(config, d_embedding=[5, 3 * config.d_model // 2, config.d_model][seed % 3])
 
 
 def odd_modern(seed: int) -> EncoderConfig:
@@ -88,6 +99,8 @@ MAKERS: dict[str, Callable[[int], EncoderConfig]] = {
     "BertForPreTraining": odd_bert,
     "BertForMaskedLM": odd_masked_bert,
     "RobertaForMaskedLM": odd_roberta,
+    "DistilBertForMaskedLM": odd_distil,
+    "ElectraForMaskedLM": odd_electra,
     "ModernBertForMaskedLM": odd_modern,
 }
 CASES = [
@@ -127,7 +140,7 @@ def inputs(config: EncoderConfig, seed: int = 0) -> dict[str, Tensor]:
 
 def their_logits(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     kind = model.config.model_type
-    arguments = {} if kind == "modernbert" else {"token_type_ids": batch["segments"]}
+    arguments = {} if kind in ("modernbert", "distilbert") else {"token_type_ids": batch["segments"]}
     out = model(batch["ids"], attention_mask=batch["real"].long(), **arguments)
     return (out.prediction_logits, out.seq_relationship_logits) if "prediction_logits" in out else (out.logits, None)
 
@@ -305,6 +318,10 @@ def test_a_roberta_whose_pad_id_was_changed_is_refused(tmp_path: Path) -> None:
         (roberta(), {"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
         (roberta(), {"type_vocab_size": 2}, "type_vocab_size is 2"),
         (roberta(), {"pad_token_id": "x"}, "pad_token_id must be an integer"),
+        (distil(), {"activation": "relu"}, "activation is 'relu'"),
+        (distil(), {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        (electra(), {"hidden_act": "gelu_new"}, "hidden_act is 'gelu_new'"),
+        (electra(), {"embedding_size": "x"}, "embedding_size must be an integer"),
         (modern(), {"classifier_activation": "relu"}, "classifier_activation is 'relu'"),
         (modern(), {"layer_types": ["sliding_attention"] * 4}, "layer_types must be full_attention in the first"),
         (modern(), {"rope_parameters": 3}, "rope_parameters must be an object"),

@@ -38,8 +38,10 @@ ROOM: dict[str, Any] = {"vocab_size": 320, "max_seq_len": 128}
 MODELS = {
     "llama": llama(**ROOM),
     "gpt2": gpt2(**ROOM),
-    "gqa": llama(**ROOM, n_kv_heads=2, qk_norm=True, tie_embeddings=False),
+    "gqa": llama(**ROOM, n_kv_heads=2, qk_norm="head", tie_embeddings=False),
     "mixed": gpt2(**ROOM, norm="rmsnorm", norm_bias=False, n_kv_heads=1),
+    "windows": llama(**ROOM, attention_windows=(5, None), logit_softcap=4.0, attention_softcap=3.0),
+    "yarn": llama(**ROOM, rope_scaling={"type": "yarn", "factor": 4.0, "original_len": 16}, attention_windows=(9,)),
 }
 all_models = pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
 

@@ -8,7 +8,9 @@ from typing import Any
 from llmkit.interfaces import ModelConfig
 from llmkit.models.encoder_decoder_config import EncoderDecoderConfig
 from llmkit.models.hf.bert import BOTH, one_dropout
-from llmkit.models.hf.family import Family, Keys, Row, Stack, stacked_rows
+from llmkit.models.hf.family import Family, Keys
+from llmkit.models.hf.rows import Row, Stack, stacked_rows
+from llmkit.models.hf.t5 import start_id, start_key
 
 ACTIVATIONS = {
     "relu": "relu",
@@ -63,6 +65,7 @@ def write(config: EncoderDecoderConfig) -> dict[str, Any]:
         "is_encoder_decoder": True,
         "tie_word_embeddings": True,
         "forced_eos_token_id": None,
+        **start_key(config),
     }
 
 
@@ -107,6 +110,7 @@ def read_bart_like(keys: Keys, position: Any, *, embedding_norm: bool) -> Encode
         dropout=one_dropout(keys, DROPOUTS, 0.1),
         tie_embeddings=True,
         init_std=keys.number("init_std", 0.02),
+        start_id=start_id(keys),
     )
 
 
@@ -133,6 +137,8 @@ COPIES = {
     for name in ("lm_head.weight", "model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight")
 }
 UNPREFIXED = ("lm_head.", "final_logits_bias")
+HEAD = ("output_bias",)  # ``BartModel`` and ``MarianModel`` have none
+OTHER_HEADS = ("classification_head.", "qa_outputs.")
 
 FAMILY = BartFamily(
     model_types=("bart",),
@@ -156,5 +162,8 @@ FAMILY = BartFamily(
     copies=COPIES,
     prefix="model.",
     unprefixed=UNPREFIXED,
+    ignored=(".version",),  # of old files
+    heads=HEAD,
+    left_aside=OTHER_HEADS,
     zero_biases=True,
 )

@@ -10,7 +10,8 @@ import logging
 from typing import Any
 
 from llmkit.models.encoder_config import EncoderConfig
-from llmkit.models.hf.family import Family, Keys, Row, Stack, stacked_rows
+from llmkit.models.hf.family import Family, Keys
+from llmkit.models.hf.rows import Row, Stack, stacked_rows
 
 log = logging.getLogger("llmkit.models")
 
@@ -18,14 +19,42 @@ WITH_POOLER, WITHOUT_POOLER = "BertForPreTraining", "BertForMaskedLM"
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
 BOTH = ("weight", "bias")
+HEAD = ("transform.", "output_bias")  # of masked LM: our names, the same in all encoders
+OTHER_HEADS = ("classifier.", "qa_outputs.")
+
+
+def is_post_norm(config: EncoderConfig) -> bool:
+    """What BERT, RoBERTa, DistilBERT and ELECTRA always have."""
+    biases = (config.norm_bias, config.attention_bias, config.mlp_bias, config.transform_bias, config.head_bias)
+    sums = config.norm_position == "post" and config.position == "learned"
+    plain = not config.gated and config.global_every == 1 and not config.share_layers
+    return sums and plain and all(biases) and config.tie_embeddings
 
 
 def is_bert_like(config: EncoderConfig) -> bool:
     """What BERT and RoBERTa always have."""
-    biases = (config.norm_bias, config.attention_bias, config.mlp_bias, config.transform_bias, config.head_bias)
-    sums = config.norm_position == "post" and config.position == "learned" and config.n_segments > 0
-    plain = not config.gated and config.global_every == 1 and not config.share_layers
-    return sums and plain and all(biases) and config.tie_embeddings
+    return is_post_norm(config) and config.n_segments > 0 and config.d_embedding is None
+
+
+def post_norm(**sizes: Any) -> EncoderConfig:
+    """A config for which ``is_post_norm`` holds; ``sizes`` are the fields that it leaves open."""
+    return EncoderConfig(
+        norm_position="post",
+        norm_bias=True,
+        position="learned",
+        rope_theta=None,
+        local_rope_theta=None,
+        global_every=1,
+        local_window=None,
+        attention_bias=True,
+        mlp_bias=True,
+        transform_bias=True,
+        head_bias=True,
+        share_layers=False,
+        tie_embeddings=True,
+        residual_init_scale=False,
+        **sizes,
+    )
 
 
 def write(config: EncoderConfig) -> dict[str, Any]:
@@ -58,38 +87,27 @@ def read(keys: Keys) -> EncoderConfig:
     return read_bert_like(keys, activation, max_seq_len, pooler=WITH_POOLER in architecture)
 
 
-def read_bert_like(keys: Keys, activation: Any, max_seq_len: int, *, pooler: bool) -> EncoderConfig:
+def read_bert_like(
+    keys: Keys, activation: Any, max_seq_len: int, *, pooler: bool, d_embedding: int | None = None
+) -> EncoderConfig:
     keys.expect("position_embedding_type", "absolute")
     keys.expect("is_decoder", False)
     keys.expect("add_cross_attention", False)
     keys.expect("tie_word_embeddings", True)
-    return EncoderConfig(
+    return post_norm(
         vocab_size=keys.integer("vocab_size"),
         max_seq_len=max_seq_len,
         d_model=keys.integer("hidden_size"),
+        d_embedding=d_embedding,
         n_layers=keys.integer("num_hidden_layers"),
         n_heads=keys.integer("num_attention_heads"),
         d_ff=keys.integer("intermediate_size"),
-        norm_position="post",
-        norm_bias=True,
         norm_eps=keys.number("layer_norm_eps", 1e-12),
         activation=activation,
-        position="learned",
-        rope_theta=None,
-        local_rope_theta=None,
-        global_every=1,
-        local_window=None,
         n_segments=keys.integer("type_vocab_size", 2),
-        attention_bias=True,
-        mlp_bias=True,
-        transform_bias=True,
-        head_bias=True,
         pooler=pooler,
-        share_layers=False,
         dropout=one_dropout(keys, DROPOUTS, 0.1),
-        tie_embeddings=True,
         init_std=keys.number("initializer_range", 0.02),
-        residual_init_scale=False,
     )
 
 
@@ -154,5 +172,7 @@ FAMILY = Family(
         ".position_ids",
         *(f"{name}.{kind}" for name in ("pooler.dense", "cls.seq_relationship") for kind in BOTH),
     ),
+    heads=HEAD,
+    left_aside=OTHER_HEADS,
     old_endings={".gamma": ".weight", ".beta": ".bias"},
 )

@@ -9,21 +9,50 @@ from llmkit.interfaces import ModelConfig
 from llmkit.models.config import DecoderConfig
 from llmkit.models.encoder_config import EncoderConfig
 from llmkit.models.encoder_decoder_config import EncoderDecoderConfig
-from llmkit.models.hf import bart, bert, gpt2, llama, marian, modernbert, qwen3, roberta, t5
+from llmkit.models.hf import (
+    bart,
+    bert,
+    distilbert,
+    electra,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    llama,
+    marian,
+    mistral,
+    modernbert,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen3,
+    roberta,
+    t5,
+)
 from llmkit.models.hf.family import Family
 from llmkit.models.hf.own import own_family
 from llmkit.models.lstm_config import LSTMConfig
 from llmkit.models.lstm_seq2seq_config import LSTMSeq2SeqConfig
 
-# Of each config class, the last one fits everything.
+# The first one that fits is written: simple ones stand before others. Of each config class, the last fits everything.
 FAMILIES = (
     gpt2.FAMILY,
+    gpt_neox.FAMILY,
     llama.FAMILY,
+    mistral.FAMILY,
+    qwen2.FAMILY,
     qwen3.FAMILY,
+    olmo2.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    phi3.FAMILY,
     roberta.FAMILY,
     bert.FAMILY,
+    distilbert.FAMILY,
+    electra.FAMILY,
     modernbert.FAMILY,
     t5.FAMILY,
+    t5.MT5_FAMILY,
     bart.FAMILY,
     marian.FAMILY,
     own_family(DecoderConfig, "llmkit_decoder"),
@@ -32,6 +61,10 @@ FAMILIES = (
     own_family(LSTMConfig, "llmkit_lstm"),
     own_family(LSTMSeq2SeqConfig, "llmkit_lstm_seq2seq"),
 )
+
+REASONS = {  # types that are near one llmkit has
+    "gemma3": "holds an image encoder beside the text model; llmkit has the text model alone, gemma3_text",
+}
 
 
 def family_of(config: ModelConfig) -> Family:
@@ -44,7 +77,11 @@ def family_named(model_type: Any, where: str) -> Family:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
+    if str(model_type) in REASONS:
+        raise CheckpointError(f"model_type {model_type!r} {REASONS[str(model_type)]}", where=where)
     known = ", ".join(name for family in FAMILIES for name in family.model_types)
     raise CheckpointError(
-        f"model_type {model_type!r} is not one of {known}", where=where, fix="use a checkpoint of a known type"
+        f"model_type {model_type!r} is not one of {known}",
+        where=where,
+        fix="`llmkit pretrain init=... model=transformers` opens what transformers knows",
     )

@@ -2,35 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmkit.errors import CheckpointError
 from llmkit.interfaces import ModelConfig
+from llmkit.models.hf.rows import Row, Stack
 
-
-@dataclass(frozen=True)
-class Row:
-    """One tensor of a file: our tensors stacked along their first axis, then transposed where the file stores it so.
-
-    ``before`` rows of no use stand before ours, zeros where we write them. ``lifted``: the file has an axis of length 1
-    in front.
-    """
-
-    name: str
-    parts: tuple[str, ...]
-    transposed: bool = False
-    before: int = 0
-    lifted: bool = False
-
-
-@dataclass(frozen=True)
-class Stack:
-    """Equal blocks. ``n_blocks`` is the config's field with their number; ``{}`` in a row stands for the block's."""
-
-    n_blocks: str
-    rows: tuple[Row, ...]
+log = logging.getLogger("llmkit.models")
 
 
 @dataclass(frozen=True)
@@ -48,9 +29,12 @@ class Family:
     prefix: str = ""  # of the backbone; older files leave it out
     unprefixed: tuple[str, ...] = ("lm_head.",)  # beginnings of the tensors outside of the backbone
     ignored: tuple[str, ...] = ()  # endings of tensors that are constants, not weights
+    heads: tuple[str, ...] = ()  # beginnings of our parameters in the output head; new where a file has none of them
+    left_aside: tuple[str, ...] = ()  # beginnings of tensors that belong to other heads; they are named and not read
     zero_biases: bool = False  # the architecture always has biases: a model without them writes zeros
     own_names: bool = False  # every parameter under its own name; then there are no rows here
     copies: Mapping[str, str] = field(default_factory=dict)  # tensors that some files repeat -> the row they equal
+    ties_absent: bool = False  # a row named in ``copies`` that a file lacks is filled with what it would repeat
     old_endings: Mapping[str, str] = field(default_factory=dict)  # of tensors in the first files -> what they are now
     for_padding: Callable[[int | None], Family] | None = None  # the same family for a pad id, where that changes it
 
@@ -58,13 +42,15 @@ class Family:
         """The tensors of a checkpoint of ``config``, whose own parameters are named ``present``."""
         if self.own_names:
             return [Row(name, (name,)) for name in present]
-        rows = [row for row in self.outer_rows if row.parts[0] in present or self._kept(row)]
+        known, n_heads = set(present), getattr(config, "n_heads", 0)
+        rows = [row for row in self.outer_rows if row.parts[0] in known or self._kept(row)]
         for stack in self.stacks:
             for block in range(getattr(config, stack.n_blocks)):
                 for row in stack.rows:
                     parts = tuple(part.format(block) for part in row.parts)
-                    if parts[0] in present or self._kept(row):
-                        rows.append(Row(row.name.format(block), parts, row.transposed))
+                    if parts[0] in known or self._kept(row):
+                        name, heads = row.name.format(block), n_heads if row.interleaved else 0
+                        rows.append(replace(row, name=name, parts=parts, heads=heads))
         return rows
 
     def _kept(self, row: Row) -> bool:
@@ -94,6 +80,9 @@ class Keys:
             raise self.error(name, f"must be a number, got {value!r}")
         return float(value)
 
+    def number_or_none(self, name: str) -> float | None:
+        return None if self.raw.get(name) is None else self.number(name)
+
     def flag(self, name: str, default: bool) -> bool:
         value = self.raw.get(name, default)
         if not isinstance(value, bool):
@@ -112,21 +101,24 @@ class Keys:
         if name in self.raw and self.raw[name] not in allowed:
             raise self.error(name, f"is {self.raw[name]!r}; llmkit computes only {' or '.join(map(repr, allowed))}")
 
-    def rope_theta(self) -> float:
-        """From ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before)."""
-        rope: Any = self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise self.error("rope_parameters", "must be an object")
-        inner = Keys(rope, f"{self.where}:rope_parameters")
-        inner.expect("rope_type", "default")
-        inner.expect("type", "default")
-        inner.expect("partial_rotary_factor", 1, None)
-        return inner.number("rope_theta", self.number("rope_theta", 10000.0))
+    def with_defaults(self, **values: Any) -> Keys:
+        """The same keys, and these where the file does not have them (it may have them as null)."""
+        return Keys({**values, **self.raw}, self.where)
+
+    def inner(self, name: str) -> Keys:
+        """The keys of an object in this one; absent or null is empty."""
+        value = self.raw.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise self.error(name, "must be an object")
+        return Keys(value or {}, f"{self.where}:{name}")
 
     def error(self, name: str, what: str) -> CheckpointError:
         return CheckpointError(f"{name} {what}", where=f"{self.where}:{name}")
 
 
-def stacked_rows(pairs: Sequence[tuple[str, str]], *, kinds: Sequence[str] = ("weight",)) -> tuple[Row, ...]:
-    """Rows for tensors that are stored as ours are: (theirs, ours) module names and the kinds of tensor they hold."""
-    return tuple(Row(f"{theirs}.{kind}", (f"{ours}.{kind}",)) for theirs, ours in pairs for kind in kinds)
+def one_dropout(keys: Keys, names: Sequence[str], default: float) -> float:
+    """llmkit has one probability for all places."""
+    values = {name: keys.number(name, default) for name in names}
+    if len(set(values.values())) > 1:
+        log.warning("%s: %s; all places will use the first", keys.where, values)
+    return values[names[0]]

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from llmkit.models.config import DecoderConfig
-from llmkit.models.hf.family import Family, Keys, Row, Stack
+from llmkit.models.hf.decoder_keys import PLAIN, is_plain
+from llmkit.models.hf.family import Family, Keys, one_dropout
+from llmkit.models.hf.rows import Row, Stack
 
-log = logging.getLogger("llmkit.models")
-
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+NAMES = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 def fits(config: DecoderConfig) -> bool:
     plain_heads = config.kv_heads == config.n_heads and config.head_width * config.n_heads == config.d_model
-    plain_parts = config.norm == "layernorm" and not config.gated and not config.qk_norm
-    return config.position == "learned" and plain_heads and plain_parts
+    plain_parts = config.norm == "layernorm" and config.activation in NAMES
+    return config.position == "learned" and plain_heads and plain_parts and is_plain(config)
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
         "n_layer": config.n_layers,
         "n_head": config.n_heads,
         "n_inner": config.ff_width,
-        "activation_function": "gelu_new" if config.activation == "gelu_tanh" else "gelu",
+        "activation_function": NAMES[config.activation],
         **dict.fromkeys(DROPOUTS, config.dropout),
         "layer_norm_epsilon": config.norm_eps,
         "initializer_range": config.init_std,
@@ -43,6 +43,7 @@ def read(keys: Keys) -> DecoderConfig:
     keys.expect("add_cross_attention", False)
     width = keys.integer("n_embd")
     return DecoderConfig(
+        **PLAIN,
         vocab_size=keys.integer("vocab_size"),
         max_seq_len=keys.integer("n_positions", 1024),
         d_model=width,
@@ -57,22 +58,15 @@ def read(keys: Keys) -> DecoderConfig:
         activation=keys.choice("activation_function", "gelu_new", ACTIVATIONS),
         position="learned",
         rope_theta=None,
-        qk_norm=False,
         attention_bias=True,
+        attention_out_bias=True,
+        attention_scale_dim=None,
         mlp_bias=True,
-        dropout=_dropout(keys),
+        dropout=one_dropout(keys, DROPOUTS, 0.1),
         tie_embeddings=keys.flag("tie_word_embeddings", True),
         init_std=keys.number("initializer_range", 0.02),
         residual_init_scale=True,
     )
-
-
-def _dropout(keys: Keys) -> float:
-    """llmkit has one probability for all three places."""
-    values = {name: keys.number(name, 0.1) for name in DROPOUTS}
-    if len(set(values.values())) > 1:
-        log.warning("%s: %s; all three places will use the first", keys.where, values)
-    return values[DROPOUTS[0]]
 
 
 def _layer(theirs: str, *ours: str, transposed: bool = False) -> tuple[Row, Row]:

@@ -1,15 +1,33 @@
-"""Llama, and Mistral without a sliding window, which computes the same: rotary positions, RMSNorm, gated layers."""
+"""Llama 2 and 3, and all that are like them (SmolLM): rotary positions, RMSNorm, gated feed-forward layers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from llmkit.models.config import DecoderConfig
-from llmkit.models.hf.family import Family, Keys, Stack, stacked_rows
+from llmkit.models.hf.decoder_keys import PLAIN, is_plain, read_rotary, write_rotary
+from llmkit.models.hf.family import Family, Keys
+from llmkit.models.hf.rows import Row, Stack, stacked_rows
 
-ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu"}
+ACTIVATIONS = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu": "geglu",
+    "gelu_pytorch_tanh": "geglu_tanh",
+    "gelu_new": "geglu_tanh",
+}
+NAMES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_pytorch_tanh"}
+BOTH = ("weight", "bias")
+IGNORED = (".rotary_emb.inv_freq",)
 
-OUTER_ROWS = stacked_rows((("model.embed_tokens", "embedding"), ("model.norm", "norm"), ("lm_head", "head")))
+
+def outer_rows(offset: float = 0.0) -> tuple[Row, ...]:
+    """``offset`` is that of the norms."""
+    norm = stacked_rows((("model.norm", "norm"),), offset=offset)
+    return (*norm, *stacked_rows((("model.embed_tokens", "embedding"), ("lm_head", "head"))))
+
+
 COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 NORM_ROWS = stacked_rows(
     (
@@ -22,36 +40,56 @@ MATRIX_ROWS = stacked_rows(
         *((f"model.layers.{{}}.self_attn.{x}_proj", f"blocks.{{}}.attention.{x}") for x in "qkvo"),
         *((f"model.layers.{{}}.mlp.{x}_proj", f"blocks.{{}}.mlp.{x}") for x in ("gate", "up", "down")),
     ),
-    kinds=("weight", "bias"),
+    kinds=BOTH,
 )
 
 
+def qk_norm_rows(offset: float = 0.0) -> tuple[Row, ...]:
+    pairs = [(f"model.layers.{{}}.self_attn.{x}_norm", f"blocks.{{}}.attention.{x}_norm") for x in "qk"]
+    return stacked_rows(pairs, offset=offset)
+
+
 def is_llama_like(config: DecoderConfig) -> bool:
+    """Whether the parts are those of a Llama, however they are put together."""
     return config.position == "rotary" and config.norm == "rmsnorm" and config.gated
 
 
+def one_bias(config: DecoderConfig) -> bool:
+    """Whether the attention has all of its biases or none, and the feed-forward layers none."""
+    return config.attention_bias == config.attention_out_bias and not config.mlp_bias
+
+
+def no_bias(config: DecoderConfig) -> bool:
+    return not (config.attention_bias or config.attention_out_bias or config.mlp_bias)
+
+
+def heads_divide(config: DecoderConfig) -> bool:
+    """Several classes of transformers refuse other widths, even where the head width is given."""
+    return config.d_model % config.n_heads == 0
+
+
 def fits(config: DecoderConfig) -> bool:
-    # transformers refuses a Llama width that its heads do not divide, even where the head width is given
-    return is_llama_like(config) and not config.qk_norm and config.d_model % config.n_heads == 0
+    biases = config.attention_bias == config.attention_out_bias
+    return is_llama_like(config) and is_plain(config, "rope_scaling") and biases and heads_divide(config)
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
-    """Both the old and the new spelling of the rotary settings: other tools still read the old one."""
+    return {**write_llama_like(config), "attention_bias": config.attention_bias, "mlp_bias": config.mlp_bias}
+
+
+def write_llama_like(config: DecoderConfig, activation: str = "hidden_act") -> dict[str, Any]:
+    """``activation`` is the key of the word for it."""
     return {
         "vocab_size": config.vocab_rows,
-        "max_position_embeddings": config.max_seq_len,
         "hidden_size": config.d_model,
         "intermediate_size": config.ff_width,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_width,
-        "hidden_act": "silu" if config.activation == "swiglu" else "gelu",
+        activation: NAMES[config.activation],
         "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "attention_bias": config.attention_bias,
-        "mlp_bias": config.mlp_bias,
+        **write_rotary(config),
         "attention_dropout": config.dropout,
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
@@ -60,14 +98,22 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 
 def read(keys: Keys) -> DecoderConfig:
     keys.expect("sliding_window", None)
-    return read_llama_like(keys, qk_norm=False, mlp_bias=keys.flag("mlp_bias", False))
+    return replace(read_llama_like(keys), mlp_bias=keys.flag("mlp_bias", False), **attention_biases(keys))
 
 
-def read_llama_like(keys: Keys, *, qk_norm: bool, mlp_bias: bool) -> DecoderConfig:
+def attention_biases(keys: Keys) -> dict[str, Any]:
+    """Where one key decides all of them."""
+    return dict.fromkeys(("attention_bias", "attention_out_bias"), keys.flag("attention_bias", False))
+
+
+def read_llama_like(
+    keys: Keys, activation: str = "hidden_act", default_len: int = 2048, fraction: float | None = None
+) -> DecoderConfig:
+    """A model without biases; callers change what is theirs. ``fraction`` as in ``read_rotary``."""
     width, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
     return DecoderConfig(
+        **{**PLAIN, **read_rotary(keys, default_len, fraction=fraction)},
         vocab_size=keys.integer("vocab_size"),
-        max_seq_len=keys.integer("max_position_embeddings", 2048),
         d_model=width,
         n_layers=keys.integer("num_hidden_layers"),
         n_heads=n_heads,
@@ -77,12 +123,11 @@ def read_llama_like(keys: Keys, *, qk_norm: bool, mlp_bias: bool) -> DecoderConf
         norm="rmsnorm",
         norm_bias=False,
         norm_eps=keys.number("rms_norm_eps", 1e-6),
-        activation=keys.choice("hidden_act", "silu", ACTIVATIONS),
-        position="rotary",
-        rope_theta=keys.rope_theta(),
-        qk_norm=qk_norm,
-        attention_bias=keys.flag("attention_bias", False),
-        mlp_bias=mlp_bias,
+        activation=keys.choice(activation, "silu", ACTIVATIONS),
+        attention_bias=False,
+        attention_out_bias=False,
+        attention_scale_dim=None,
+        mlp_bias=False,
         dropout=keys.number("attention_dropout", 0.0),
         tie_embeddings=keys.flag("tie_word_embeddings", False),
         init_std=keys.number("initializer_range", 0.02),
@@ -91,15 +136,15 @@ def read_llama_like(keys: Keys, *, qk_norm: bool, mlp_bias: bool) -> DecoderConf
 
 
 FAMILY = Family(
-    model_types=("llama", "mistral"),
+    model_types=("llama",),
     architecture="LlamaForCausalLM",
     config=DecoderConfig,
     fits=fits,
     write=write,
     read=read,
-    outer_rows=OUTER_ROWS,
+    outer_rows=outer_rows(),
     stacks=(Stack("n_layers", (*NORM_ROWS, *MATRIX_ROWS)),),
     copies=COPIES,
     prefix="model.",
-    ignored=(".rotary_emb.inv_freq",),
+    ignored=IGNORED,
 )

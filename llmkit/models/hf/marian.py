@@ -42,5 +42,6 @@ FAMILY = bart.BartFamily(
     prefix="model.",
     unprefixed=bart.UNPREFIXED,
     ignored=(".embed_positions.weight",),  # the sinusoids
+    heads=bart.HEAD,
     zero_biases=True,
 )

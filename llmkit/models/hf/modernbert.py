@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from llmkit.models.encoder_config import EncoderConfig
-from llmkit.models.hf.bert import BOTH, one_dropout
-from llmkit.models.hf.family import Family, Keys, Row, Stack, stacked_rows
+from llmkit.models.hf.bert import BOTH, HEAD, OTHER_HEADS, one_dropout
+from llmkit.models.hf.family import Family, Keys
+from llmkit.models.hf.rows import Row, Stack, stacked_rows
 
 ACTIVATIONS = {"gelu": "geglu", "silu": "swiglu"}
 DROPOUTS = ("attention_dropout", "embedding_dropout", "mlp_dropout")
@@ -14,7 +15,7 @@ GLOBAL, LOCAL = "full_attention", "sliding_attention"
 
 
 def fits(config: EncoderConfig) -> bool:
-    plain = not config.n_segments and not config.pooler and not config.share_layers
+    plain = not config.n_segments and not config.pooler and not config.share_layers and config.d_embedding is None
     return plain and config.norm_position == "pre" and config.position == "rotary" and config.gated
 
 
@@ -62,6 +63,7 @@ def read(keys: Keys) -> EncoderConfig:
         vocab_size=keys.integer("vocab_size"),
         max_seq_len=keys.integer("max_position_embeddings", 8192),
         d_model=keys.integer("hidden_size"),
+        d_embedding=None,
         n_layers=n_layers,
         n_heads=keys.integer("num_attention_heads"),
         d_ff=keys.integer("intermediate_size"),
@@ -156,4 +158,6 @@ FAMILY = Family(
     copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
     prefix="model.",
     unprefixed=("head.", "decoder."),
+    heads=(*HEAD, "head."),
+    left_aside=OTHER_HEADS,
 )

@@ -6,7 +6,7 @@ The key holds all fields of the config class, so that every model is rebuilt exa
 from __future__ import annotations
 
 from dataclasses import asdict, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from llmkit.models.hf.family import Family, Keys
 
@@ -34,12 +34,18 @@ def read(keys: Keys, kind: type) -> Any:
     for name, value in raw.items():
         if not _fits(value, hints[name]):
             raise keys.error(f"{KEY}.{name}", f"has the value {value!r}")
-    return kind(**raw)
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in raw.items()})
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of a type: a class, a ``Literal``, or a union with None."""
-    choices = get_args(kind)
+    """Whether a JSON value is of a type: a class, a ``Literal``, a tuple, a dict, or a union of these and None."""
+    choices, origin = get_args(kind), get_origin(kind)
+    if kind is Any:
+        return True
+    if origin is tuple:  # a list of any length; the second argument is the ellipsis
+        return isinstance(value, list | tuple) and all(_fits(item, choices[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, choices[1]) for item in value.values())
     if not choices:
         allowed = (int, float) if kind is float else kind
         return isinstance(value, allowed) and (kind is bool or not isinstance(value, bool))

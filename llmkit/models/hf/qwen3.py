@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from llmkit.models.config import DecoderConfig
-from llmkit.models.hf import llama
-from llmkit.models.hf.family import Family, Keys, Stack, stacked_rows
+from llmkit.models.hf import llama, qwen2
+from llmkit.models.hf.decoder_keys import has_one_window, is_plain
+from llmkit.models.hf.family import Family, Keys
+from llmkit.models.hf.rows import Stack
+
+DEFAULTS = {**qwen2.DEFAULTS, "head_dim": 128}
 
 
 def fits(config: DecoderConfig) -> bool:
-    return llama.is_llama_like(config) and config.qk_norm and not config.mlp_bias
+    plain = is_plain(config, "rope_scaling", "attention_windows", qk_norm="head") and has_one_window(config)
+    return plain and llama.is_llama_like(config) and llama.one_bias(config)
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
-    keys = llama.write(config)
-    del keys["mlp_bias"]
-    return {**keys, "use_sliding_window": False}
+    return {
+        **llama.write_llama_like(config),
+        **qwen2.write_windows(config),
+        "attention_bias": config.attention_bias,
+    }
 
 
 def read(keys: Keys) -> DecoderConfig:
-    keys.expect("use_sliding_window", False)
-    return llama.read_llama_like(keys, qk_norm=True, mlp_bias=False)
+    keys = keys.with_defaults(**DEFAULTS)
+    config = llama.read_llama_like(keys, default_len=32768)
+    windows = qwen2.read_late_windows(keys, config.n_layers)
+    return replace(config, qk_norm="head", attention_windows=windows, **llama.attention_biases(keys))
 
-
-HEAD_NORM_ROWS = stacked_rows(
-    (
-        ("model.layers.{}.self_attn.q_norm", "blocks.{}.attention.q_norm"),
-        ("model.layers.{}.self_attn.k_norm", "blocks.{}.attention.k_norm"),
-    )
-)
 
 FAMILY = Family(
     model_types=("qwen3",),
@@ -38,9 +41,9 @@ FAMILY = Family(
     fits=fits,
     write=write,
     read=read,
-    outer_rows=llama.OUTER_ROWS,
-    stacks=(Stack("n_layers", (*llama.NORM_ROWS, *llama.MATRIX_ROWS, *HEAD_NORM_ROWS)),),
+    outer_rows=llama.outer_rows(),
+    stacks=(Stack("n_layers", (*llama.NORM_ROWS, *llama.MATRIX_ROWS, *llama.qk_norm_rows())),),
     copies=llama.COPIES,
     prefix="model.",
-    ignored=(".rotary_emb.inv_freq",),
+    ignored=llama.IGNORED,
 )

@@ -10,8 +10,18 @@ from functools import partial
 from typing import Any
 
 from llmkit.models.encoder_config import EncoderConfig
-from llmkit.models.hf.bert import BOTH, backbone_rows, block_rows, is_bert_like, read_bert_like, write_bert_like
-from llmkit.models.hf.family import Family, Keys, Row, stacked_rows
+from llmkit.models.hf.bert import (
+    BOTH,
+    HEAD,
+    OTHER_HEADS,
+    backbone_rows,
+    block_rows,
+    is_bert_like,
+    read_bert_like,
+    write_bert_like,
+)
+from llmkit.models.hf.family import Family, Keys
+from llmkit.models.hf.rows import Row, stacked_rows
 
 PUBLISHED_PAD_ID = 1
 
@@ -39,7 +49,7 @@ def family(pad_id: int | None) -> Family:
     positions = Row("roberta.embeddings.position_embeddings.weight", ("position_embedding.weight",), before=pad_id + 1)
     heads = (("lm_head.dense", "transform.dense"), ("lm_head.layer_norm", "transform.norm"))
     return Family(
-        model_types=("roberta",),
+        model_types=("roberta", "xlm-roberta", "camembert"),  # the others are the same with other vocabularies
         architecture="RobertaForMaskedLM",
         config=EncoderConfig,
         fits=fits,
@@ -57,7 +67,9 @@ def family(pad_id: int | None) -> Family:
             "lm_head.decoder.bias": "lm_head.bias",
         },
         prefix="roberta.",
-        ignored=(".position_ids", "pooler.dense.weight", "pooler.dense.bias"),
+        ignored=(".position_ids",),
+        heads=HEAD,
+        left_aside=("pooler.", *OTHER_HEADS),
         for_padding=family,
     )
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from safetensors import SafetensorError
 
 from llmkit.errors import CheckpointError
 from llmkit.interfaces import ModelConfig
 from llmkit.models.hf import own
 from llmkit.models.hf.families import family_of
-from llmkit.models.hf.family import Family, Row
+from llmkit.models.hf.family import Family
+from llmkit.models.hf.rows import Row, export
+from llmkit.models.hf.weight_files import INDEX, Layout, kind_of, write_tensors
+from llmkit.models.transformers_config import TransformersConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
 MAX_SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
 Shard = list[tuple[Row, int]]  # rows and their bytes
 
 
@@ -36,14 +37,20 @@ def save_model(
     """Write config, weights and generation config into ``folder`` (made if absent; weights in it are replaced).
 
     Weights keep their type; a tied head is left out; above ``max_shard_bytes`` they are split into shards. Only one
-    shard is copied at a time. Raises ``CheckpointError`` when the disk refuses.
+    tensor is copied at a time. Raises ``CheckpointError`` when the disk refuses.
     """
     architecture: ModelConfig = model.config  # type: ignore[assignment]
+    if isinstance(architecture, TransformersConfig):
+        from llmkit.models.transformers_files import save_wrapped
+
+        save_wrapped(model, folder, bos_id, eos_id, pad_id, max_shard_bytes)
+        return
     family = family_of(architecture)
     family = family.for_padding(pad_id) if family.for_padding else family
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
     if architecture.kind == "encoder_decoder" and pad_id is not None:
-        ids["decoder_start_token_id"] = pad_id  # as T5 has it
+        start = getattr(architecture, "start_id", None)
+        ids["decoder_start_token_id"] = pad_id if start is None else start
     state = dict(model.named_parameters())
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +59,7 @@ def save_model(
             folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None}
         )
         _write_weights(family.rows(architecture, list(state)), state, folder, max_shard_bytes)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(f"the model could not be written: {error}", where=str(folder)) from error
 
 
@@ -70,45 +77,24 @@ def _config(model: nn.Module, config: ModelConfig, family: Family) -> dict[str, 
 
 
 def _write_weights(rows: list[Row], state: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
-    from safetensors.torch import save_file
-
     for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
         old.unlink(missing_ok=True)  # a new file: someone may have the old one mapped
     shards = list(_shards(rows, state, max_shard_bytes))
     names = _file_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
-        save_file({row.name: export(row, state) for row, _ in shard}, folder / name, metadata={"format": "pt"})
-        (folder / name).chmod((folder / "config.json").stat().st_mode)  # as the umask has it; safetensors writes 0600
+        layout = {row.name: _layout(row, state) for row, _ in shard}
+        write_tensors(folder / name, layout, (export(row, state) for row, _ in shard))
     if len(shards) > 1:
         places = {row.name: name for name, shard in zip(names, shards, strict=True) for row, _ in shard}
         total = sum(size for shard in shards for _, size in shard)
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
 
 
-def export(row: Row, state: Mapping[str, Tensor]) -> Tensor:
-    """The tensor of a file row, as a contiguous copy on the CPU; absent biases are zeros."""
-    import torch
-
-    parts = [_part(part, state) for part in row.parts]
-    if row.before:
-        parts.insert(0, parts[0].new_zeros(row.before, *parts[0].shape[1:]))
-    tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-    tensor = tensor.t() if row.transposed else tensor
-    return (tensor[None] if row.lifted else tensor).contiguous()
-
-
-def _part(name: str, state: Mapping[str, Tensor]) -> Tensor:
-    if name in state:
-        return state[name].detach().cpu()
-    weight = state[name.removesuffix("bias") + "weight"]
-    return weight.new_zeros(weight.shape[0], device="cpu")
-
-
 def _shards(rows: list[Row], state: Mapping[str, Tensor], max_bytes: int) -> Iterator[Shard]:
-    """Rows in order, cut before a shard would pass ``max_bytes``."""
+    """Rows in order, wider types first, cut before a shard would pass ``max_bytes``."""
     shard: Shard = []
-    for row in rows:
-        size = _n_bytes(row, state)
+    for row in sorted(rows, key=lambda row: -_meta_part(row.parts[0], state).itemsize):
+        size = prod(_layout(row, state)[1]) * _meta_part(row.parts[0], state).itemsize
         if shard and sum(known for _, known in shard) + size > max_bytes:
             yield shard
             shard = []
@@ -116,9 +102,12 @@ def _shards(rows: list[Row], state: Mapping[str, Tensor], max_bytes: int) -> Ite
     yield shard
 
 
-def _n_bytes(row: Row, state: Mapping[str, Tensor]) -> int:
+def _layout(row: Row, state: Mapping[str, Tensor]) -> Layout:
+    """Type and shape of what ``export`` will give."""
     parts = [_meta_part(name, state) for name in row.parts]
-    return sum(part.nbytes for part in parts) + row.before * parts[0].nbytes // parts[0].shape[0]
+    shape = (row.before + sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+    shape = shape[::-1] if row.transposed else shape
+    return kind_of(parts[0]), (1, *shape) if row.lifted else shape
 
 
 def _meta_part(name: str, state: Mapping[str, Tensor]) -> Tensor:

@@ -1,13 +1,18 @@
-"""T5: v1.0 shares the embedding with its head and scales the head's input, v1.1 does neither and has gated layers."""
+"""T5: v1.0 shares the embedding with its head and scales the head's input, v1.1 does neither and has gated layers.
+
+Flan-T5 and mT5 are v1.1; mT5's ``model_type`` is another name for it, and it is written as T5.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from llmkit.interfaces import ModelConfig
 from llmkit.models.encoder_decoder_config import EncoderDecoderConfig
-from llmkit.models.hf.family import Family, Keys, Row, Stack, stacked_rows
+from llmkit.models.hf.family import Family, Keys
+from llmkit.models.hf.rows import Row, Stack, stacked_rows
 
 ACTIVATIONS = {
     "relu": "relu",
@@ -55,12 +60,33 @@ def write(config: EncoderDecoderConfig) -> dict[str, Any]:
         "feed_forward_proj": NAMES[config.activation],
         "is_encoder_decoder": True,
         "tie_word_embeddings": config.tie_embeddings,
+        **start_key(config),
     }
+
+
+def start_id(keys: Keys) -> int | None:
+    """The id that begins a target, where it is not the pad id."""
+    start = keys.raw.get("decoder_start_token_id")
+    return None if start is None or start == keys.raw.get("pad_token_id") else keys.integer("decoder_start_token_id")
+
+
+def start_key(config: EncoderDecoderConfig) -> dict[str, Any]:
+    """Over what is written for all encoder-decoders, the pad id."""
+    return {} if config.start_id is None else {"decoder_start_token_id": config.start_id}
 
 
 def read(keys: Keys) -> EncoderDecoderConfig:
     """``scale_decoder_outputs`` is how transformers 5 says that head and embedding are not shared."""
     tied = keys.flag("scale_decoder_outputs", keys.flag("tie_word_embeddings", True))
+    return read_sizes(keys, tied=tied)
+
+
+def read_mt5(keys: Keys) -> EncoderDecoderConfig:
+    """Never scaled, and with a head of its own, whatever ``tie_word_embeddings`` says: transformers 5 writes true."""
+    return read_sizes(Keys({"feed_forward_proj": "gated-gelu", **keys.raw}, keys.where), tied=False)
+
+
+def read_sizes(keys: Keys, *, tied: bool) -> EncoderDecoderConfig:
     n_layers = keys.integer("num_layers", 6)
     return EncoderDecoderConfig(
         vocab_size=keys.integer("vocab_size"),
@@ -89,6 +115,7 @@ def read(keys: Keys) -> EncoderDecoderConfig:
         dropout=keys.number("dropout_rate", 0.1),
         tie_embeddings=tied,
         init_std=None,
+        start_id=start_id(keys),
     )
 
 
@@ -127,4 +154,13 @@ FAMILY = T5Family(
     stacks=(_block("encoder", ATTENTION, MLP), _block("decoder", ATTENTION, CROSS_ATTENTION, MLP)),
     copies={f"{name}.weight": "shared.weight" for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")},
     ignored=(".EncDecAttention.relative_attention_bias.weight",),  # of old files; nothing uses it
+    ties_absent=True,  # transformers 5 makes models of v1.1 whose head is the embedding
+    left_aside=("qa_outputs.",),
+)
+MT5_FAMILY = replace(
+    FAMILY,
+    model_types=("mt5",),
+    architecture="MT5ForConditionalGeneration",
+    fits=lambda config: False,
+    read=read_mt5,
 )

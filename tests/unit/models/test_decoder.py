@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,9 +25,23 @@ STYLES = {
     "llama": llama(),
     "gpt2": gpt2(),
     "gqa": llama(n_kv_heads=2, d_head=10, attention_bias=True, tie_embeddings=False),
-    "qk_norm": llama(qk_norm=True, n_kv_heads=1, activation="geglu"),
+    "qk_norm": llama(qk_norm="head", n_kv_heads=1, activation="geglu"),
     "mixed": gpt2(norm="rmsnorm", norm_bias=False, activation="swiglu", n_kv_heads=2),
     "rotary_layernorm": llama(norm="layernorm", activation="gelu", mlp_bias=True),
+    "gemma2": llama(
+        **{"norm_position": "both", "activation": "geglu_tanh", "attention_windows": (4, None), "n_kv_heads": 2},
+        **{"attention_softcap": 2.0, "logit_softcap": 3.0, "scale_embedding": True, "attention_scale_dim": 9},
+    ),
+    "gemma3": llama(
+        **{"n_layers": 3, "norm_position": "both", "qk_norm": "head", "attention_windows": (3, 5, None)},
+        **{"local_rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 8.0}},
+    ),
+    "olmo2": llama(norm_position="post", qk_norm="all", n_kv_heads=2),
+    "neox": gpt2(position="rotary", rope_theta=1e4, rotary_fraction=0.5, d_head=8, parallel_residual=True),
+    "mistral": llama(attention_windows=(5,), attention_bias=True),
+    "dynamic": llama(rope_scaling={"type": "dynamic", "factor": 4.0, "original_len": 8}),
+    "yarn": gpt2(position="rotary", rope_theta=1e4, rope_scaling={"type": "yarn", "factor": 4.0, "original_len": 8}),
+    "learned_windows": gpt2(activation="relu", attention_windows=(None, 6), attention_out_bias=False),
 }
 all_styles = pytest.mark.parametrize("config", STYLES.values(), ids=STYLES)
 
@@ -106,6 +121,10 @@ def test_hidden_states_of_a_batch_give_the_logits() -> None:
     arguments = packed(ids, [4, 5])
     batch = Batch(ids, ids, arguments["position_ids_BT"], arguments["document_ids_BT"], 18)
     assert torch.equal(F.linear(model.hidden_states(batch), model.output_weight_VD), model(**arguments))
+    assert model.logit_softcap is None
+    capped = built(llama(tie_embeddings=False, logit_softcap=2.0))
+    assert capped.logit_softcap == 2.0
+    torch.testing.assert_close(capped(**arguments), 2 * (model(**arguments) / 2).tanh(), atol=1e-6, rtol=0)
     torch.testing.assert_close(model(**arguments, last_only=True), model(**arguments)[:, -1:], atol=1e-6, rtol=0)
     assert model.head is not None
     assert model.output_weight_VD is model.head.weight
@@ -123,6 +142,90 @@ def test_bf16_autocast_stays_near_fp32_with_fp32_norms(config: DecoderConfig) ->
         rounded = model(ids).detach()
     assert inputs == [torch.float32, torch.bfloat16]  # the residual stream is fp32, products are bf16
     assert float((rounded - exact).abs().max()) < 0.05 * float(exact.abs().max())
+
+
+def by_hand(config: DecoderConfig, x: Tensor) -> Tensor:
+    """The first block without positions, in float64, as the papers write it."""
+    block = built(config).double().blocks[0]
+    f, g = (lambda x: block.attention(x, None, None)), block.mlp
+    n1, n2 = block.attention_norm, block.mlp_norm
+    if config.parallel_residual:
+        return x + f(n1(x)) + g(n2(x))
+    if config.norm_position == "pre":
+        x = x + f(n1(x))
+        return x + g(n2(x))
+    if config.norm_position == "post":
+        x = x + n1(f(x))
+        return x + n2(g(x))
+    x = x + block.attention_post_norm(f(n1(x)))
+    return x + block.mlp_post_norm(g(n2(x)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"norm_position": "post"}, {"norm_position": "both"}, {"parallel_residual": True}],
+    ids=["pre", "post", "both", "parallel"],
+)
+def test_norms_stand_where_the_config_says(changes: dict[str, Any]) -> None:
+    config = gpt2(**changes)
+    model = built(config).double()
+    x = torch.randn(2, 5, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(model.blocks[0](x, None, None), by_hand(config, x), atol=1e-6, rtol=1e-6)
+
+
+def test_keys_of_queries_and_keys_are_normed_by_head_or_whole() -> None:
+    """Before the heads are cut (OLMo 2) or in each of them (Qwen3)."""
+    x = torch.randn(1, 3, 24, generator=torch.Generator().manual_seed(0))
+    for kind, widths in (("head", (6, 6)), ("all", (24, 12))):
+        attention = built(llama(qk_norm=kind, n_kv_heads=2)).blocks[0].attention
+        assert (attention.q_norm.weight.shape[0], attention.k_norm.weight.shape[0]) == widths
+        heads = attention._heads(attention.k(x), attention.k_norm) / attention.k_norm.weight.view(-1, 6)
+        squares = heads.square().mean((-2, -1) if kind == "all" else -1)
+        torch.testing.assert_close(squares, torch.ones_like(squares), atol=1e-3, rtol=0)
+
+
+def test_a_layer_sees_as_far_as_its_window_and_no_further() -> None:
+    """Two layers of windows 3 and 2 reach back 3 tokens; a null in the list reaches all."""
+    for windows, reach in (((3, 2), 3), ((3,), 4), ((2, None), 11)):
+        config = llama(attention_windows=windows, tie_embeddings=False)
+        model, ids = built(config), torch.arange(12)[None]
+        model(ids)[:, -1].square().sum().backward()
+        felt = model.embedding.weight.grad[:12].abs().amax(1) > 0
+        assert felt.tolist() == [t >= 11 - reach for t in range(12)]
+
+
+def test_windows_no_shorter_than_the_sequence_change_nothing() -> None:
+    config = llama(attention_windows=(12, None))
+    ids = random_ids(config, 1, 12)
+    assert torch.equal(built(config)(ids), built(llama())(ids))
+
+
+def test_local_layers_have_their_own_theta_and_no_scaling() -> None:
+    """All layers local: the same as a model of that theta alone."""
+    scaling = {"type": "linear", "factor": 8.0}
+    config = llama(attention_windows=(5,), local_rope_theta=50.0, rope_scaling=scaling)
+    ids = random_ids(config, 1, 12)
+    assert torch.equal(built(config)(ids), built(llama(attention_windows=(5,), rope_theta=50.0))(ids))
+    shared = llama(attention_windows=(5,), rope_scaling=scaling)  # without it they are scaled like the others
+    assert not torch.allclose(built(shared)(ids), built(llama(attention_windows=(5,)))(ids))
+
+
+def test_embeddings_are_scaled_and_positions_are_not() -> None:
+    plain, scaled = gpt2(tie_embeddings=False), gpt2(tie_embeddings=False, scale_embedding=True)
+    ids, model = random_ids(plain, 1, 9), built(plain)
+    with torch.no_grad():
+        model.embedding.weight.mul_(24**0.5)
+    torch.testing.assert_close(built(scaled)(ids), model(ids), atol=1e-5, rtol=0)
+
+
+def test_the_scale_of_scores_is_the_roots() -> None:
+    ids = random_ids(llama(), 1, 9)
+    assert torch.equal(built(llama(attention_scale_dim=6))(ids), built(llama())(ids))
+    narrow, model = llama(attention_scale_dim=24), built(llama())
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attention.q.weight.mul_(0.5)
+    torch.testing.assert_close(built(narrow)(ids), model(ids), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("config", [llama(), gpt2()], ids=["llama", "gpt2"])
@@ -228,7 +331,14 @@ def test_dropout_is_on_embeddings_attention_weights_and_what_blocks_add(monkeypa
     ]
 
 
-@pytest.mark.parametrize("config", [llama(dropout=0.3), gpt2(dropout=0.3), llama()], ids=["llama", "gpt2", "plain"])
+RECOMPUTED = {
+    **{"llama": llama(dropout=0.3), "gpt2": gpt2(dropout=0.3), "plain": llama()},
+    "gemma2": replace(STYLES["gemma2"], dropout=0.3),
+    "dynamic": STYLES["dynamic"],
+}
+
+
+@pytest.mark.parametrize("config", RECOMPUTED.values(), ids=RECOMPUTED)
 def test_activation_checkpointing_changes_neither_loss_nor_gradients(config: DecoderConfig) -> None:
     ids, results = random_ids(config, 2, 20), []
     for on in (False, True):
@@ -241,17 +351,31 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients(config: Dec
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+COMPILED = {
+    "gqa": llama(n_kv_heads=2),
+    "gemma2": replace(STYLES["gemma2"], n_layers=4, attention_windows=(4, 6)),
+    "gemma3": replace(STYLES["gemma3"], n_layers=6),
+    "neox": STYLES["neox"],
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("config", "checkpointing"), [(COMPILED["gqa"], True), *((config, False) for config in COMPILED.values())]
+)
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_compiled_blocks_keep_names_numbers_and_isolation(checkpointing: bool) -> None:
-    config = llama(n_kv_heads=2)
+def test_compiled_blocks_keep_names_numbers_and_isolation(config: DecoderConfig, checkpointing: bool) -> None:
+    """Blocks with other windows, norms and angles share the compilation too."""
+    torch._dynamo.reset()
     plain, model = built(config), built(config)
     model.set_activation_checkpointing(checkpointing)
     model.compile_blocks()
     assert list(model.state_dict()) == list(plain.state_dict())
     ids, lengths = random_ids(config, 2, 26), [7, 9, 10]
+    counts = torch._dynamo.utils.counters["stats"]
+    before = counts["unique_graphs"]
     a, b = plain(**packed(ids, lengths)), model(**packed(ids, lengths))
+    assert counts["unique_graphs"] - before == 1
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     for loss in (a.square().mean(), b.square().mean()):
         loss.backward()
@@ -267,8 +391,15 @@ def test_compiled_blocks_keep_names_numbers_and_isolation(checkpointing: bool) -
 # -- cache ----------------------------------------------------------------------------------------------------------
 
 
+def without_dynamic(config: DecoderConfig) -> DecoderConfig:
+    """Under dynamic scaling a key keeps the angle of the length it was read at: no cache gives what the whole gives."""
+    dynamic = config.rope_scaling is not None and config.rope_scaling["type"] == "dynamic"
+    return replace(config, rope_scaling=None) if dynamic else config
+
+
 @all_styles
 def test_a_cache_gives_the_logits_of_the_whole(config: DecoderConfig) -> None:
+    config = without_dynamic(config)
     model, ids = built(config), random_ids(config, 2, 20)
     whole, cache = model(ids), model.new_cache(2, 20)
     parts = [model(ids[:, start:stop], cache=cache) for start, stop in ((0, 6), (6, 7), (7, 8), (8, 13), (13, 20))]
@@ -276,14 +407,28 @@ def test_a_cache_gives_the_logits_of_the_whole(config: DecoderConfig) -> None:
     assert cache.length == cache.max_len == 20
 
 
+def test_under_dynamic_scaling_each_step_has_the_angles_of_its_length() -> None:
+    """Up to the trained length like the whole; after it, keys in the cache keep their angles."""
+    config = STYLES["dynamic"]
+    model, ids = built(config), random_ids(config, 1, 12)
+    cache = model.new_cache(1, 12)
+    steps = torch.cat([model(ids[:, t : t + 1], cache=cache) for t in range(12)], dim=1)
+    torch.testing.assert_close(steps[:, :8], model(ids[:, :8]), atol=1e-5, rtol=0)
+    assert float((steps[:, 8:] - model(ids)[:, 8:]).detach().abs().max()) > 1e-3
+    one = model.new_cache(1, 12)  # in one pass there is one length
+    torch.testing.assert_close(model(ids, cache=one), model(ids), atol=1e-5, rtol=0)
+
+
 @all_styles
 def test_a_cache_keeps_documents_and_padding_apart(config: DecoderConfig) -> None:
+    config = without_dynamic(config)
     model, ids = built(config), random_ids(config, 2, 12)
     documents = torch.tensor([[NO_DOCUMENT] * 3 + [0] * 9, [0] * 12])
     positions = (torch.arange(12) - torch.tensor([[3], [0]])).clamp(min=0)
     whole, cache = model(ids, positions, documents), model.new_cache(2, 12)
-    first = model(ids[:, :8], positions[:, :8], documents[:, :8], cache)
-    rest = [model(ids[:, t : t + 1], positions[:, t : t + 1], None, cache) for t in range(8, 12)]
+    first = model(ids[:, :6], positions[:, :6], documents[:, :6], cache)
+    parts = ((6, 7), (7, 8), (8, 11), (11, 12))
+    rest = [model(ids[:, a:b], positions[:, a:b], None, cache) for a, b in parts]
     torch.testing.assert_close(torch.cat([first, *rest], dim=1), whole, atol=1e-5, rtol=0)
     torch.testing.assert_close(whole[:1, 3:], model(ids[:1, 3:]), atol=1e-5, rtol=0)
 

@@ -21,7 +21,7 @@ from llmkit.interfaces import NO_DOCUMENT, Batch
 from llmkit.models.encoder import Encoder
 from llmkit.models.encoder_config import EncoderConfig
 from llmkit.models.hf import load_config, load_model, save_model
-from tests.unit.models.test_encoder_config import bert, encoder_configs, modern
+from tests.unit.models.test_encoder_config import bert, electra, encoder_configs, modern
 from tests.unit.models.tiny import built, random_ids
 
 STYLES = {
@@ -30,6 +30,8 @@ STYLES = {
     "albert": bert(n_layers=4, share_layers=True, n_segments=0),
     "shared_modern": modern(share_layers=True, local_window=5),
     "mixed": bert(norm_position="pre", activation="swiglu", n_layers=3, global_every=2, local_window=6),
+    "electra": electra(),
+    "wide_modern": modern(d_embedding=30, tie_embeddings=False),
     "post_rotary": modern(norm_position="post", tie_embeddings=False, local_rope_theta=None, head_bias=False),
 }
 all_styles = pytest.mark.parametrize("config", STYLES.values(), ids=STYLES)

@@ -24,6 +24,7 @@ BERT: dict[str, Any] = {
     "vocab_size": 61,
     "max_seq_len": 32,
     "d_model": 24,
+    "d_embedding": None,
     "n_layers": 2,
     "n_heads": 4,
     "d_ff": None,
@@ -77,6 +78,14 @@ def roberta(**changes: Any) -> EncoderConfig:
     return bert(**{"n_segments": 1, "pooler": False, **changes})
 
 
+def distil(**changes: Any) -> EncoderConfig:
+    return bert(**{"n_segments": 0, "pooler": False, **changes})
+
+
+def electra(**changes: Any) -> EncoderConfig:
+    return bert(**{"d_embedding": 14, "pooler": False, **changes})
+
+
 def modern(**changes: Any) -> EncoderConfig:
     return EncoderConfig(**{**MODERN, **changes})
 
@@ -90,6 +99,7 @@ def encoder_configs(draw: st.DrawFn) -> EncoderConfig:
         vocab_size=draw(st.integers(2, 99)),
         max_seq_len=draw(st.integers(1, 40)),
         d_model=n_heads * (2 if rotary else 1) * draw(st.integers(1, 9)),
+        d_embedding=draw(st.one_of(st.none(), st.integers(1, 40))),
         n_layers=draw(st.integers(1, 4)),
         n_heads=n_heads,
         d_ff=draw(st.one_of(st.none(), st.integers(1, 90))),
@@ -129,6 +139,7 @@ def test_parameter_counts_equal_a_real_build(config: EncoderConfig) -> None:
 
 
 BASE: dict[str, Any] = {"d_model": 768, "n_heads": 12, "n_layers": 12}
+SMALL: dict[str, Any] = {"d_model": 256, "d_embedding": 128, "n_heads": 4, "n_layers": 12}
 
 
 @pytest.mark.parametrize(
@@ -139,8 +150,11 @@ BASE: dict[str, Any] = {"d_model": 768, "n_heads": 12, "n_layers": 12}
         (roberta(**BASE, vocab_size=50265, max_seq_len=512), 124_697_433 - 2 * 768),
         # The released ModernBERT-base
         (modern(**{**BASE, "n_layers": 22}, vocab_size=50368, d_ff=1152), 149_655_232),
+        # distilbert-base-uncased and the small ELECTRA generator, as ``transformers`` counts its classes of these sizes
+        (distil(**{**BASE, "n_layers": 6}, vocab_size=30522, max_seq_len=512), 66_985_530),
+        (electra(**SMALL, vocab_size=30522, max_seq_len=512), 13_546_682),
     ],
-    ids=["bert", "roberta", "modernbert"],
+    ids=["bert", "roberta", "modernbert", "distilbert", "electra"],
 )
 def test_published_sizes(config: EncoderConfig, published: int) -> None:
     assert config.n_params() == published == count(config)
@@ -267,6 +281,7 @@ def test_null_widths_are_derived_and_the_vocabulary_is_rounded_up() -> None:
         (bert(n_heads=5), "n_heads"),
         (modern(n_heads=8), "n_heads"),
         (bert(d_ff=0), "d_ff"),
+        (bert(d_embedding=0), "d_embedding"),
         (bert(norm_eps=0.0), "norm_eps"),
         (bert(init_std=float("nan")), "init_std"),
         (bert(dropout=1.0), "dropout"),
@@ -302,6 +317,15 @@ def test_all_problems_are_listed_at_once() -> None:
         (roberta(), "RobertaForMaskedLM"),
         (roberta(activation="gelu_tanh"), "BertForMaskedLM"),
         (bert(n_segments=0), None),
+        (distil(), "DistilBertForMaskedLM"),
+        (distil(activation="gelu_tanh"), "DistilBertForMaskedLM"),
+        (distil(norm_eps=1e-5), None),
+        (distil(d_embedding=14), None),
+        (electra(), "ElectraForMaskedLM"),
+        (electra(d_embedding=24), "ElectraForMaskedLM"),
+        (electra(activation="gelu_tanh"), None),
+        (electra(pooler=True), None),
+        (modern(d_embedding=14), None),
         (bert(mlp_bias=False), None),
         (bert(norm_bias=False), None),
         (bert(tie_embeddings=False), None),
@@ -332,6 +356,15 @@ def test_a_configuration_is_checked_without_torch() -> None:
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_projection_counts_as_a_matrix_and_not_as_embedding() -> None:
+    narrow, same = electra(), electra(d_embedding=24)
+    tables = (61 + 32 + 2) * 14 + 61
+    assert narrow.n_params() - narrow.n_params_without_embeddings() == tables
+    assert same.n_params() == bert(pooler=False).n_params()
+    # 24 x 14 of the projection; the transform and the output matrix are 14 wide in place of 24
+    assert same.matmul_params() - narrow.matmul_params() == (24 + 61) * 10 - 24 * 14
 
 
 def test_the_recipes_hold_every_field() -> None:

@@ -55,6 +55,7 @@ def configs(draw: st.DrawFn) -> EncoderDecoderConfig:
         dropout=0.0,
         tie_embeddings=draw(flag),
         init_std=draw(st.sampled_from([None, 0.02])),
+        start_id=draw(st.sampled_from([None, 1])),
     )
 
 
@@ -184,6 +185,8 @@ def test_the_vocabulary_is_rounded_up_and_never_too_small() -> None:
         (t5(norm_eps=float("nan")), "norm_eps"),
         (t5(init_std=0.0), "init_std"),
         (t5(dropout=1.0), "dropout"),
+        (bart(start_id=61), "start_id"),
+        (bart(start_id=-1), "start_id"),
         (t5(norm_bias=True), "norm_bias"),
         (t5(n_position_buckets=None), "n_position_buckets"),
         (t5(n_position_buckets=3), "n_position_buckets"),
@@ -214,6 +217,7 @@ def test_all_problems_are_listed_at_once() -> None:
         (t5(scale_attention=True), None),
         (t5(norm_position="post"), None),
         (bart(), "BartForConditionalGeneration"),
+        (bart(start_id=2), "BartForConditionalGeneration"),
         (bart(head_bias=False, attention_bias=False, norm_bias=False), "BartForConditionalGeneration"),
         (bart(tie_embeddings=False), None),
         (bart(norm_eps=1e-6), None),

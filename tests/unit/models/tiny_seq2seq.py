@@ -38,6 +38,7 @@ T5: dict[str, Any] = {
     "dropout": 0.0,
     "tie_embeddings": True,
     "init_std": None,
+    "start_id": None,
 }
 T5_GATED: dict[str, Any] = {**T5, "activation": "geglu_tanh", "tie_embeddings": False, "scale_logits": False}
 BART: dict[str, Any] = {

@@ -113,6 +113,8 @@ def share_real(found: list[Batch]) -> float:
 class TinySeq2Seq(nn.Module):
     """An encoder-decoder in a few lines: the state of a target token is a function of it and its document's source."""
 
+    logit_softcap = None
+
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)

@@ -87,7 +87,9 @@ def test_collation_follows_the_rule(rows: list[list[int]]) -> None:
     assert batch.n_targets == counted
 
 
-@pytest.mark.parametrize("config", [llama(), gpt2()], ids=["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "config", [llama(), gpt2(), llama(logit_softcap=2.0, attention_windows=(3,))], ids=["llama", "gpt2", "capped"]
+)
 def test_the_loss_of_a_pack_is_the_sum_over_its_documents(config: object) -> None:
     """Packed equals unpacked, with gradients; the loss is a sum over targets."""
     documents = [[5, 6, 7, EOS], [8, 9, EOS], [10, 11, 12, 13, EOS]]
@@ -110,6 +112,16 @@ def test_the_loss_of_a_pack_is_the_sum_over_its_documents(config: object) -> Non
     torch.testing.assert_close(loss, alone, rtol=1e-6, atol=0)
     for a, b in zip(grads, grads_alone, strict=True):
         assert float((a - b).abs().max()) <= 1e-5 * max(1.0, float(b.abs().max()))
+
+
+def test_the_loss_is_that_of_the_models_own_logits() -> None:
+    """The model caps its logits, so the loss has to."""
+    batch = collate([[5, 6, 7, EOS, 9, 10]], seq_len=5)
+    for config in (llama(), llama(logit_softcap=0.7)):
+        model = built(config)
+        logits = model(batch.input_ids, batch.position_ids, batch.document_ids)
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="sum")
+        torch.testing.assert_close(objective().loss(model, batch).losses["token"], expected, rtol=1e-5, atol=0)
 
 
 def test_the_sums_hold_the_plain_nll() -> None:

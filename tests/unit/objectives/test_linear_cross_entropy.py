@@ -51,18 +51,19 @@ def gradients(loss: Tensor, *leaves: Tensor) -> list[Tensor]:
     st.sampled_from([0.0, 1e-2]),
     st.sampled_from([None, 1, 3, 7, 20]),
     st.booleans(),
+    st.sampled_from([None, 1.5, 30.0]),
 )
 def test_loss_and_gradients_equal_the_plain_ones(
-    P: int, D: int, V: int, smoothing: float, z_loss: float, chunk_size: int | None, biased: bool
+    P: int, D: int, V: int, smoothing: float, z_loss: float, chunk_size: int | None, biased: bool, cap: float | None
 ) -> None:
     """In float64, where nothing but the formula can differ; the upstream gradient is not 1."""
     hidden, weight, labels = inputs(P, D, V, dtype=torch.float64)
     shift = bias(V, torch.float64) if biased else None
     leaves = [hidden, weight] if shift is None else [hidden, weight, shift]
-    parts = linear_cross_entropy(
-        hidden, weight, labels, bias_V=shift, label_smoothing=smoothing, z_loss=z_loss, chunk_size=chunk_size
-    )
+    form = {"label_smoothing": smoothing, "z_loss": z_loss, "chunk_size": chunk_size, "softcap": cap}
+    parts = linear_cross_entropy(hidden, weight, labels, bias_V=shift, **form)  # type: ignore[arg-type]
     logits = F.linear(hidden, weight, shift)
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
     kept = labels != IGNORE_INDEX
     expected = F.cross_entropy(logits[kept], labels[kept], reduction="sum", label_smoothing=smoothing)
     expected = expected + z_loss * logits[kept].logsumexp(1).square().sum()
@@ -75,12 +76,12 @@ def test_loss_and_gradients_equal_the_plain_ones(
         torch.testing.assert_close(own, other, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.2, 1e-2)])
-def test_gradcheck(smoothing: float, z_loss: float) -> None:
+@pytest.mark.parametrize(("smoothing", "z_loss", "cap"), [(0.0, 0.0, None), (0.2, 1e-2, None), (0.2, 1e-2, 2.0)])
+def test_gradcheck(smoothing: float, z_loss: float, cap: float | None) -> None:
     hidden, weight, labels = inputs(7, 3, 5, dtype=torch.float64)
 
     def loss(hidden: Tensor, weight: Tensor, bias_V: Tensor) -> Tensor:
-        form = {"label_smoothing": smoothing, "z_loss": z_loss, "chunk_size": 2}
+        form = {"label_smoothing": smoothing, "z_loss": z_loss, "chunk_size": 2, "softcap": cap}
         return linear_cross_entropy(hidden, weight, labels, bias_V=bias_V, **form).loss  # type: ignore[arg-type]
 
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias(5, torch.float64)))
@@ -95,6 +96,19 @@ def test_fp32_is_as_exact_as_the_plain_one(chunk_size: int | None) -> None:
     pairs = zip(gradients(ours, hidden, weight), gradients(expected, hidden, weight), strict=True)
     for own, other in pairs:
         assert float((own - other).abs().max()) <= 1e-6 * float(other.abs().max())
+
+
+def test_a_soft_cap_is_applied_in_fp32_under_bf16_autocast() -> None:
+    """Large logits that bf16 would round to the cap: their slopes are small, not zero."""
+    hidden, weight, labels = inputs(300, 48, 311, ignored=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels, chunk_size=100, softcap=5.0).loss
+        logits = F.linear(hidden, weight)
+    expected = F.cross_entropy(5.0 * torch.tanh(logits.float() / 5.0), labels, reduction="sum")
+    torch.testing.assert_close(loss, expected, atol=0, rtol=1e-6)
+    pairs = zip(gradients(loss, hidden, weight), gradients(expected, hidden, weight), strict=True)
+    for own, other in pairs:
+        assert float((own - other).abs().max()) <= 2e-2 * float(other.abs().max())
 
 
 def test_a_bias_is_added_in_fp32_under_bf16_autocast() -> None:

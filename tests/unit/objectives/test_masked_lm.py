@@ -238,6 +238,8 @@ def test_a_vocabulary_without_a_mask_is_refused() -> None:
 class TinyEncoder(nn.Module):
     """A model as objectives see it, with a transform and an output bias; it counts the rows of the transform."""
 
+    logit_softcap = None
+
     def __init__(self) -> None:
         super().__init__()
         self.embedding, self.mixer, self.transform = nn.Embedding(V, 12), nn.Linear(12, 12), nn.Linear(12, 12)

@@ -9,6 +9,7 @@ from pathlib import Path
 from llmkit.engine.checkpoint import MODEL, STEP_FOLDER, CheckpointStore, open_checkpoint
 from llmkit.engine.manifest import MANIFEST
 from llmkit.errors import CheckpointError, ConfigError, LLMKitError, SetupError
+from llmkit.gguf_file import SUFFIX
 
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]+)?")
 # Weights, configuration and tokenizer; no pickles, no code, no copies in other frameworks' subfolders.
@@ -18,15 +19,18 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def resolve_init(init: str) -> Path:
-    """The model folder behind ``init``: ``config.json``, weights in safetensors, tokenizer files.
+    """The model folder behind ``init``: ``config.json``, weights in safetensors, tokenizer files; or a ``.gguf`` file.
 
-    A run folder gives its newest valid checkpoint. ``owner/name@revision`` pins a hub model. No code in it is ever run.
+    A folder that holds one ``.gguf`` file and no ``config.json`` gives that file. A run folder gives its newest valid
+    checkpoint. ``owner/name@revision`` pins a hub model. No code in it is ever run.
     Errors: ``ConfigError`` for what does not exist, ``CheckpointError`` for what cannot be trusted or read,
     ``SetupError`` when the hub cannot be reached.
     """
     path = Path(init).expanduser()
     if path.is_dir():
         return _model_in(path)
+    if path.suffix == SUFFIX and path.is_file():
+        return path
     if path.exists():
         raise ConfigError(f"{init} is a file, not a folder", where="init", fix=f"init={path.parent}")
     if _looks_local(init):
@@ -52,13 +56,15 @@ def _model_in(folder: Path) -> Path:
 
 
 def _checked(folder: Path) -> Path:
-    """``folder`` itself, if a model is in it that can be read without pickle."""
+    """``folder`` itself, if a model is in it that can be read without pickle, or the one GGUF file in it."""
     if not (folder / "config.json").is_file():
+        if len(single := list(folder.glob(f"*{SUFFIX}"))) == 1:
+            return single[0]
         inside = sorted(entry.name for entry in folder.iterdir())[:5]
         raise ConfigError(
             f"{folder} holds no model: config.json is missing (found: {', '.join(inside) or 'nothing'})",
             where="init",
-            fix="name a run folder, a checkpoint, or a folder with config.json and model.safetensors",
+            fix="name a run folder, a checkpoint, a folder with config.json and model.safetensors, or a .gguf file",
         )
     if not any(folder.glob("*.safetensors")):
         pickled = any(next(folder.glob(pattern), None) for pattern in PICKLES)

@@ -48,6 +48,20 @@ def test_local_forms(work: Path, init: str, model: str) -> None:
     assert resolve_init(str(work / init)) == work / model
 
 
+def test_gguf_files(work: Path) -> None:
+    """A file is itself; a folder is the one it holds, where there is no Hugging Face model in it."""
+    (work / "llama" / "copy.gguf").write_text("x")
+    (work / "quantised").mkdir()
+    (work / "quantised" / "model.gguf").write_text("x")
+    assert resolve_init("llama/copy.gguf") == Path("llama/copy.gguf")
+    assert resolve_init("llama") == Path("llama")
+    assert resolve_init("quantised") == Path("quantised/model.gguf")
+    (work / "quantised" / "other.gguf").write_text("x")
+    with pytest.raises(ConfigError, match=r"config\.json is missing \(found: model\.gguf, other\.gguf\)") as caught:
+        resolve_init("quantised")
+    assert "a .gguf file" in caught.value.fix
+
+
 def test_a_damaged_newest_checkpoint_of_a_run_is_skipped(work: Path) -> None:
     (work / "runs/mine/checkpoints/step_20/state.json").write_text("")
     assert resolve_init("runs/mine") == Path("runs/mine/checkpoints/step_10/model")

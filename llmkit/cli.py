@@ -72,6 +72,11 @@ COMMANDS = {
         ),
         example="llmkit generate init=runs/mine --prompt 'The with statement'",
     ),
+    "export": Command(
+        "llmkit.commands.export",
+        "write a model for transformers, vLLM or llama.cpp, and check that it computes the same there",
+        example="llmkit export init=runs/mine format=hf dtype=bfloat16 out=mine-hf",
+    ),
     "recipes": Command(
         "llmkit.commands.recipes",
         "list the recipes; `llmkit recipes show NAME` prints one and what it composes to",

@@ -64,6 +64,7 @@ class DataConfig:
     weights: list[float] | None
     val_path: str | list[str] | None
     val_fraction: Annotated[float, Range(0, 0.5)]
+    old_val_path: str | list[str] | None
     text_field: str
     max_document_bytes: Annotated[int, Range(64)]
     max_line_bytes: Annotated[int, Range(1024)]
@@ -100,3 +101,12 @@ class DeviceConfig:
     precision: Literal["fp32", "bf16", "fp16"]
     n_threads: Annotated[int | None, Range(1)]
     micro_batch_size: Annotated[int, Range(1)]
+
+
+@dataclass(frozen=True)
+class CardConfig:
+    """What a model card says that no run knows. None: what the model started from says, else "not stated"."""
+
+    license: str | None
+    data_license: str | None
+    language: str | None

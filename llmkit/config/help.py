@@ -33,13 +33,16 @@ def config_help(command: str, overrides: Sequence[str], config_dir: Path | None)
     composed = compose(command, overrides, config_dir)
     if composed.problems:
         raise config_error(composed.problems)
-    return "\n\n".join(["\n".join(_groups(command, config_dir, composed)), "\n".join(_keys(composed)), _TRAPS])
+    groups = "\n".join(_groups(command, config_dir, composed))
+    return "\n\n".join([*([groups] if groups else []), "\n".join(_keys(composed)), _TRAPS])
 
 
 def _groups(command: str, config_dir: Path | None, composed: Composed) -> Iterator[str]:
     """A group and its options, the chosen one first."""
-    yield "groups (group=option):"
-    for group, options in Choices(command, config_dir).options.items():
+    options_of = Choices(command, config_dir).options
+    if options_of:
+        yield "groups (group=option):"
+    for group, options in options_of.items():
         chosen = composed.chosen.get(group)
         rest = [option for option in options if option != chosen]
         options_text = f"{f'[{chosen}] ' if chosen else ''}{' '.join(rest)}"

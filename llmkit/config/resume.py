@@ -37,6 +37,7 @@ SAFE = (
     "engine.on_nonfinite",
     "engine.max_skipped_steps",
     "engine.timeout_minutes",
+    "data.old_val_path",
     "data.n_workers",
     "data.cache_dir",
     "objective.chunk_size",

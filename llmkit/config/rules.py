@@ -119,6 +119,13 @@ def vocabulary(view: View) -> Iterator[Problem]:
         yield view.problem("model.vocab_size", what, "set model.vocab_size=null to follow the tokenizer")
 
 
+def architecture(view: View) -> Iterator[Problem]:
+    """A model of another library has no architecture of its own."""
+    if view["init"] is None and view["model.model_type"] is None:
+        fix = "model.model_type=gpt_neo, or init=<a model folder>"
+        yield view.problem("model.model_type", "nothing says which architecture", fix)
+
+
 def weights(view: View) -> Iterator[Problem]:
     shares, paths = view["data.weights"], view["data.path"]
     if shares is None:
@@ -158,7 +165,7 @@ def targets_in(group: str) -> Iterator[tuple[str, Any]]:
 
 
 def paths(view: View) -> Iterator[Problem]:
-    for name in ("data.path", "data.val_path"):
+    for name in ("data.path", "data.val_path", "data.old_val_path"):
         value = view[name]
         if name == "data.path" and value == [] and view.composed.command == "evaluate":
             continue  # the run's own validation text
@@ -172,18 +179,40 @@ def init_decides(view: View) -> Iterator[Problem]:
     """Model and tokenizer come from ``init``; a value given beside it on the command line would be ignored."""
     if view["init"] is None:
         return
-    for path in sorted(view.composed.from_command_line):
+    read = getattr(view.objects.get("model"), "with_init", ())  # fields that say how to open it
+    heeded = {"model", *(f"model.{name}" for name in read)} if read else set()
+    for path in sorted(view.composed.from_command_line - heeded):
         if path.partition(".")[0] in ("model", "tokenizer"):
             yield view.problem(path, f"has no effect: the model and tokenizer come from init={view['init']}")
+
+
+def added_tokens(view: View) -> Iterator[Problem]:
+    if view["add_tokens"] and view["init"] is None:
+        fix = "set tokenizer.extra_symbols, or init=<model>"
+        yield view.problem("add_tokens", "has no effect: they are for the tokenizer of a model that is there", fix)
+
+
+def old_text(view: View) -> Iterator[Problem]:
+    """A model that begins with random weights knows no text."""
+    if view["data.old_val_path"] is not None and view["init"] is None:
+        yield view.problem("data.old_val_path", "has no effect: a new model knows no text", "set init=<model>")
 
 
 def evaluates_everything(view: View) -> Iterator[Problem]:
     """Evaluation reads every document of ``data.path`` once; what would choose among them is a mistake."""
     if view.composed.command != "evaluate":
         return
-    for name in ("data.val_fraction", "data.val_path", "data.weights"):
+    for name in ("data.val_fraction", "data.val_path", "data.old_val_path", "data.weights"):
         if name in view.composed.from_command_line:
             yield view.problem(name, "has no effect: every document of data.path is evaluated, each once")
+
+
+def exported_types(view: View) -> Iterator[Problem]:
+    """Not every format has every type of number."""
+    have = {"hf": ("float32", "bfloat16", "float16"), "gguf": ("float32", "float16", "q8_0")}[view["format"]]
+    if view["dtype"] not in have:
+        what = f"format={view['format']} is not written in {view['dtype']}"
+        yield view.problem("dtype", what, f"use {', '.join(have)}")
 
 
 def resume(view: View) -> Iterator[Problem]:
@@ -203,8 +232,12 @@ RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
     vocabulary,
     trainable,
     symbols,
+    architecture,
     weights,
     paths,
     init_decides,
+    added_tokens,
+    old_text,
     evaluates_everything,
+    exported_types,
 )

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from llmkit.settings import DataConfig, DeviceConfig, EngineConfig, GenerationConfig, Range, RunConfig
+from llmkit.settings import CardConfig, DataConfig, DeviceConfig, EngineConfig, GenerationConfig, Range, RunConfig
 
 Node = Mapping[str, Any]  # a ``_target_`` node, checked against the class it names
 
@@ -21,6 +21,7 @@ class PretrainConfig:
 
     run: RunConfig
     init: str | None
+    add_tokens: list[str]
     model: Node
     objective: Node
     tokenizer: Node
@@ -37,6 +38,7 @@ class PrepareConfig:
     """``llmkit prepare``"""
 
     init: str | None
+    add_tokens: list[str]
     objective: Node
     tokenizer: Node
     data: DataConfig
@@ -63,11 +65,23 @@ class GenerateConfig:
     engine: DeviceConfig
 
 
+@dataclass(frozen=True)
+class ExportConfig:
+    """``llmkit export``"""
+
+    init: str
+    format: Literal["hf", "gguf"]
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"]
+    out: str
+    card: CardConfig
+
+
 ROOTS: dict[str, type] = {
     "pretrain": PretrainConfig,
     "prepare": PrepareConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
+    "export": ExportConfig,
 }
 
 # The sections a command's configuration is checked against. ``prepare`` takes whatever the ``pretrain`` command that it

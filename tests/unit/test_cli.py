@@ -108,7 +108,7 @@ def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> 
     page = capsys.readouterr().out
     assert page.startswith(f"usage: llmkit {command} [flags]")
     assert COMMANDS[command].meaning in page
-    assert ("groups (group=option):" in page) == COMMANDS[command].config
+    assert ("keys (key=value)" in page) == COMMANDS[command].config
     assert main(["help", command]) == 0
     assert capsys.readouterr().out == page
 

@@ -14,7 +14,7 @@ from llmkit.config.schema import ROOTS
 from llmkit.errors import ConfigError
 
 
-@pytest.mark.parametrize("command", ["pretrain", "evaluate", "generate"])
+@pytest.mark.parametrize("command", ["pretrain", "evaluate", "generate", "export"])
 def test_every_key_and_option_is_there(command: str) -> None:
     page = config_help(command, [], None)
     keys = known_keys(compose(command, []))
@@ -49,4 +49,4 @@ def test_a_wrong_choice_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ROOTS)
 def test_needed_values_are_marked(command: str) -> None:
-    assert ("needed" in config_help(command, [], None)) == (command in ("evaluate", "generate"))
+    assert ("needed" in config_help(command, [], None)) == (command in ("evaluate", "generate", "export"))

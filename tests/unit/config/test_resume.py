@@ -59,6 +59,7 @@ CHANGED = {
     "engine.on_nonfinite": "skip",
     "engine.max_skipped_steps": "5",
     "engine.timeout_minutes": "3",
+    "data.old_val_path": None,  # needs init
     "data.n_workers": "1",
     "data.cache_dir": "x",
     "objective.chunk_size": "64",
@@ -80,7 +81,7 @@ OTHER = {
     "data.deduplicate": "true", "optim.lr": "1", "optim.betas": "[0,0]", "optim.eps": "1", "optim.weight_decay": "1",
     "schedule.warmup_steps": "1", "schedule.min_lr_ratio": "0", "schedule.decay_fraction": "0.5",
     "objective.label_smoothing": "0.1", "objective.z_loss": "0.1", "model.d_model": "128", "model.dropout": "0.1",
-    "tokenizer.vocab_size": "512",
+    "tokenizer.vocab_size": "512", "add_tokens": "[a]",
 }  # fmt: skip
 
 

@@ -19,14 +19,17 @@ BROKEN = {
     "vocabulary": (["model.vocab_size=4000"], "model.vocab_size"),
     "trainable": (["objective=masked_lm", "tokenizer=wordpiece"], "objective"),
     "symbols": (["objective=fill_in_the_middle"], "tokenizer"),
+    "architecture": (["model=transformers"], "model.model_type"),
     "weights": (["data.path=[a,b]", "data.weights=[1]"], "data.weights"),
     "paths": (["data.path=[]"], "data.path"),
+    "added_tokens": (["add_tokens=[<|user|>]"], "add_tokens"),
+    "old_text": (["data.old_val_path=old.txt"], "data.old_val_path"),
     "init_decides": (["init=runs/x", "model.d_model=512"], "model.d_model"),
 }
 
 
 def test_every_rule_has_a_case() -> None:
-    elsewhere = {"evaluates_everything"}  # a rule of another command: tests/integration/test_commands.py
+    elsewhere = {"evaluates_everything", "exported_types"}  # of other commands: tests/integration, test_export.py
     assert {rule.__name__ for rule in RULES} == set(BROKEN) | elsewhere
 
 
@@ -49,6 +52,8 @@ def test_broken(rule: str) -> None:
         ["data.path=[a,b]", "data.weights=[1,2]"],
         ["init=runs/x", "optim.lr=1"],
         ["init=runs/x", "recipe=gpt_small"],
+        ["init=runs/x", "model=transformers", "model.task=causal_lm", "model.max_seq_len=512"],
+        ["model=transformers", "model.model_type=gpt_neo", "model.settings={num_layers: 2}"],
         ["init=runs/x", "data.seq_len=4096"],
         ["init=runs/x", "model.max_seq_len=4096", "~tracking.wandb"],
     ],
@@ -57,6 +62,11 @@ def test_allowed_unless_it_has_no_effect(overrides: list[str]) -> None:
     found = problems(*overrides)
     assert set(found) <= {"model.max_seq_len"}
     assert bool(found) == ("model.max_seq_len=4096" in overrides)
+
+
+def test_init_still_decides_what_a_wrapped_model_is() -> None:
+    found = problems("init=runs/x", "model=transformers", "model.model_type=opt", "model.settings={num_layers: 2}")
+    assert set(found) == {"model.model_type", "model.settings", "model.settings.num_layers"}
 
 
 @pytest.mark.parametrize("name", [".", "..", "...", "a/b", "/a", "a\\b", "", "a" * 129, "ü", "a b"])

@@ -12,6 +12,7 @@ from llmkit.data.readers.base import find_sources
 from llmkit.engine.limits import global_batch_size, steps_to_run
 from llmkit.errors import ConfigError
 from llmkit.interfaces import ModelConfig
+from llmkit.models.transformers_config import TransformersConfig
 from llmkit.objectives.pairing import flops_per_token
 
 GIB = 1 << 30
@@ -56,7 +57,8 @@ def planned_model(cfg: PretrainConfig) -> ModelConfig:
         from llmkit.engine.init import resolve_init
         from llmkit.models.hf import load_config
 
-        return load_config(resolve_init(cfg.init))
+        folder, wrapper = resolve_init(cfg.init), build(cfg.model)
+        return wrapper.opened(folder) if isinstance(wrapper, TransformersConfig) else load_config(folder)
     spec = build(cfg.tokenizer)
     model: ModelConfig = build(cfg.model)
     opened = spec.open()

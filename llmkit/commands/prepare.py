@@ -12,6 +12,7 @@ from llmkit.data.datasets import needs_sentences
 from llmkit.data.prepare import PreparedData, prepare
 from llmkit.engine.init import resolve_init
 from llmkit.engine.stop import leave_on_signal
+from llmkit.tokenizers.grow import add_tokens
 from llmkit.tokenizers.load import load_tokenizer
 from llmkit.tokenizers.report import tokenizer_report
 
@@ -30,7 +31,7 @@ def run(cfg: PrepareConfig | PretrainConfig, args: argparse.Namespace) -> int:
         prepared = prepare(
             cfg.data,
             None if init else build(cfg.tokenizer),
-            tokenizer=None if init is None else load_tokenizer(init),
+            tokenizer=None if init is None else add_tokens(load_tokenizer(init), cfg.add_tokens),
             load=load_tokenizer,
             report=tokenizer_report,
             sentences=needs_sentences(build(cfg.objective)),

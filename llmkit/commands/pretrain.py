@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict
 
@@ -12,6 +14,8 @@ from llmkit.config.schema import PretrainConfig
 from llmkit.engine.launch import is_main_process, refuse_solo_runs
 from llmkit.engine.run_folder import RunFolder
 from llmkit.errors import LLMKitError, Stopped
+
+log = logging.getLogger("llmkit.training")
 
 
 def run(cfg: PretrainConfig, args: argparse.Namespace) -> int:
@@ -43,6 +47,7 @@ def train(cfg: PretrainConfig, folder: RunFolder, is_main: bool) -> None:
                 trainer = make_trainer(cfg, text, folder.path, recorder, lambda: stop.requested)
             try:
                 trainer.fit()
+                show_change(trainer.progress.first_losses, recorder.latest)
             finally:
                 step = trainer.progress.step
         except BaseException as error:
@@ -53,6 +58,13 @@ def train(cfg: PretrainConfig, folder: RunFolder, is_main: bool) -> None:
             recorder.finish(status)
             if is_main:
                 folder.write_result(status, exit_code, step, recorder.latest, message)
+
+
+def show_change(before: Mapping[str, float], latest: Mapping[str, float]) -> None:
+    """What a run that began with a trained model learned, and what it forgot: each loss before and after, in nats."""
+    for name, loss in before.items():
+        after = latest.get(f"{name}/loss", loss)
+        log.info("%s/loss %.4f before, %.4f after (%+.4f)", name, loss, after, after - loss)
 
 
 def outcome_of(error: BaseException) -> tuple[str, int]:

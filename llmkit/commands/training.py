@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from llmkit.data.prepare import PreparedData, prepare
 from llmkit.data.sampler import SampleOrder
 from llmkit.engine.checkpoint import Checkpoint, CheckpointStore
 from llmkit.engine.device import device_name, make_accelerator
-from llmkit.engine.evaluate import TrainModule
+from llmkit.engine.evaluate import EvalSet, TrainModule
 from llmkit.engine.init import resolve_init
 from llmkit.engine.limits import global_batch_size, grad_accum_steps_for, steps_to_run
 from llmkit.engine.manifest import config_hash
@@ -31,8 +32,11 @@ from llmkit.engine.trainer import Trainer
 from llmkit.errors import CheckpointError, ConfigError, DataError
 from llmkit.interfaces import Batch, ModelConfig, Objective, Row, RunInfo, SequenceDataset, TokenIds, Tokenizer
 from llmkit.models.hf import load_model, save_model
+from llmkit.models.resize import resize_embeddings
+from llmkit.models.transformers_config import TransformersConfig
 from llmkit.objectives.pairing import flops_per_token, misfit
 from llmkit.settings import EngineConfig
+from llmkit.tokenizers.grow import add_tokens
 from llmkit.tokenizers.load import load_tokenizer
 from llmkit.tokenizers.report import tokenizer_report
 from llmkit.tracking.logs import log_to
@@ -49,24 +53,29 @@ class Text:
     prepared: PreparedData
     tokenizer: Tokenizer
     init: Path | None  # the model folder to start from
+    old: PreparedData | None  # what that model knows already, to see what it forgets
 
 
 @dataclass(frozen=True)
 class Datasets:
-    """The rows of both splits; ``train`` has one item a source."""
+    """The rows of both splits, and of the old text; ``train`` and ``old`` have one item a source."""
 
     train: tuple[SequenceDataset, ...]
     val: SequenceDataset | None
+    old: tuple[SequenceDataset, ...]
 
 
-def open_datasets(prepared: PreparedData, objective: Objective, seq_len: int) -> Datasets:
+def open_datasets(
+    prepared: PreparedData, objective: Objective, seq_len: int, old_text: PreparedData | None = None
+) -> Datasets:
     """Prepared text as the objective reads it."""
     val = None if prepared.val is None else dataset_for(objective, prepared.val, seq_len)
     train = tuple(dataset_for(objective, shards, seq_len) for shards in prepared.train)
     for dataset in train:
         if counts := counts_of(dataset):
             log.info("training pairs: %s", counts)
-    return Datasets(train, val)
+    old = () if old_text is None else tuple(dataset_for(objective, shards, seq_len) for shards in old_text.train)
+    return Datasets(train, val, old)
 
 
 def start_recorder(cfg: PretrainConfig, folder: Path, is_main: bool) -> Recorder:
@@ -84,13 +93,29 @@ def load_text(cfg: PretrainConfig, *, progress: bool) -> Text:
     prepared = prepare(
         cfg.data,
         None if init else build(cfg.tokenizer),
-        tokenizer=None if init is None else load_tokenizer(init),
+        tokenizer=None if init is None else add_tokens(load_tokenizer(init), cfg.add_tokens),
         load=load_tokenizer,
         report=tokenizer_report,
         sentences=needs_sentences(objective),
         progress=progress,
     )
-    return Text(prepared, load_tokenizer(prepared.tokenizer_folder), init)
+    tokenizer = load_tokenizer(prepared.tokenizer_folder)
+    return Text(prepared, tokenizer, init, old_text(cfg, tokenizer, objective, progress=progress))
+
+
+def old_text(cfg: PretrainConfig, tokenizer: Tokenizer, objective: Objective, *, progress: bool) -> PreparedData | None:
+    """``data.old_val_path`` in the tokens of the run: all of it, nothing held out."""
+    if cfg.data.old_val_path is None:
+        return None
+    return prepare(
+        replace(cfg.data, path=cfg.data.old_val_path, weights=None, val_path=None, val_fraction=0.0),
+        None,
+        tokenizer=tokenizer,
+        load=load_tokenizer,
+        report=tokenizer_report,
+        sentences=needs_sentences(objective),
+        progress=progress,
+    )
 
 
 def starting_model(cfg: PretrainConfig, text: Text, checkpoint: Checkpoint | None) -> Any:
@@ -98,11 +123,10 @@ def starting_model(cfg: PretrainConfig, text: Text, checkpoint: Checkpoint | Non
     if checkpoint is not None:
         model = load_model(checkpoint.model)
     elif text.init is not None:
-        model = load_model(text.init)
-        log.info("weights, sizes and tokenizer come from %s; the `model` section is not used", text.init)
+        model = opened_model(cfg, text.init)
+        make_room(model, load_tokenizer(text.init).vocab_size, text.tokenizer.vocab_size)
     else:
-        model = build(cfg.model).with_vocab(text.tokenizer.vocab_size).build()
-        model.init_weights(cfg.run.seed)
+        model = fresh_model(cfg, text.tokenizer)
     if cfg.data.window(model.config.max_seq_len) > model.config.max_seq_len:
         raise ConfigError(
             f"windows of {cfg.data.seq_len} tokens, but the model takes at most {model.config.max_seq_len}",
@@ -110,10 +134,39 @@ def starting_model(cfg: PretrainConfig, text: Text, checkpoint: Checkpoint | Non
             fix=f"set data.seq_len to {model.config.max_seq_len} or less",
         )
     check_vocabulary(text.tokenizer.vocab_size, model.config.vocab_rows)
+    if hasattr(model, "freeze_unused"):  # a module of another library
+        model.freeze_unused()
     if cfg.engine.activation_checkpointing:
         model.set_activation_checkpointing(True)
     if cfg.engine.compile:
         model.compile_blocks()
+    return model
+
+
+def opened_model(cfg: PretrainConfig, init: Path) -> Any:
+    """The model of ``init``: by llmkit's tables, or wrapped as it is where the `model` section says so."""
+    wrapper = build(cfg.model)
+    if isinstance(wrapper, TransformersConfig):
+        log.info("weights, sizes and tokenizer come from %s, opened by transformers for %s", init, wrapper.task)
+        return wrapper.load(init, seed=cfg.run.seed)
+    log.info("weights, sizes and tokenizer come from %s; the `model` section is not used", init)
+    return load_model(init, seed=cfg.run.seed)
+
+
+def make_room(model: Any, n_known: int, n_ids: int) -> None:
+    """Embeddings for the ids of a vocabulary that grew; the model was trained with ``n_known`` of them."""
+    rows = model.config.vocab_rows
+    if n_ids > min(n_known, rows):
+        resize_embeddings(model, max(rows, n_ids), known=min(n_known, rows))
+
+
+def fresh_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Any:
+    """Random weights drawn from the run's seed."""
+    config = build(cfg.model).with_vocab(tokenizer.vocab_size)
+    if isinstance(config, TransformersConfig):
+        config = config.with_special_ids(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+    model = config.build()
+    model.init_weights(cfg.run.seed)
     return model
 
 
@@ -179,14 +232,21 @@ def train_batches(
     return TrainBatches(datasets.train, order, collate, *sizes, rank, world_size)
 
 
-def val_loader(
+def eval_sets(
     cfg: PretrainConfig, datasets: Datasets, collate: Collate, rank: int, world_size: int
-) -> Callable[[], Iterator[Batch]] | None:
-    """A fresh pass over the validation rows at each call; None when there is no validation text."""
-    if datasets.val is None:
-        return None
+) -> dict[str, EvalSet]:
+    """What is evaluated during training: the held-out text as ``val``, what the model knew before as ``val_old``."""
     size = cfg.engine.eval_batch_size or cfg.engine.micro_batch_size
-    return partial(eval_batches, datasets.val, collate, size, rank, world_size)
+
+    def pass_over(rows: Sequence[SequenceDataset]) -> Iterator[Batch]:
+        return chain.from_iterable(eval_batches(part, collate, size, rank, world_size) for part in rows)
+
+    named = {"val": () if datasets.val is None else (datasets.val,), "val_old": datasets.old}
+    return {
+        name: EvalSet(partial(pass_over, rows), sum(part.n_bytes for part in rows))
+        for name, rows in named.items()
+        if rows
+    }
 
 
 def describe_run(
@@ -272,7 +332,7 @@ def make_trainer(
     check_trainable(objective, model.config)
     seq_len, ids = cfg.data.window(model.config.max_seq_len), text.tokenizer.token_ids()
     check_symbols(objective, ids, seq_len)
-    datasets = open_datasets(text.prepared, objective, seq_len)
+    datasets = open_datasets(text.prepared, objective, seq_len, text.old)
     collate = partial(objective.collate, seq_len=seq_len, ids=ids)
     batches = train_batches(cfg, datasets, engine, collate, rank, world_size)
     batch_size = global_batch_size(engine, world_size)
@@ -286,8 +346,8 @@ def make_trainer(
         seed=cfg.run.seed,
         global_batch_size=batch_size,
         load_step=batches.step,
-        val_batches=val_loader(cfg, datasets, collate, rank, world_size),
-        val_bytes=0 if datasets.val is None else datasets.val.n_bytes,
+        eval_sets=eval_sets(cfg, datasets, collate, rank, world_size),
+        evaluate_first=text.init is not None,
         record=recorder,
         save=checkpoint_writer(store, recorder, text, model),
         stop_requested=stop_requested,

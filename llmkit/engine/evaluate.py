@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,6 +12,14 @@ from llmkit.interfaces import Batch, LossSum, Model, Objective
 from llmkit.metrics.language_modelling import bits_per_byte, perplexity
 
 SumOverRanks = Callable[[Sequence[float]], list[float]]
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Text to score during training: ``batches`` begins a pass over this rank's share of it."""
+
+    batches: Callable[[], Iterator[Batch]]
+    n_bytes: int
 
 
 class TrainModule(nn.Module):
@@ -32,10 +41,11 @@ def evaluate(
     *,
     n_bytes: int,
     device: torch.device,
+    prefix: str = "val",
     sum_over_ranks: SumOverRanks = list,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """``val/...`` metrics, or None when ``should_stop`` cut the pass short on any rank.
+    """``<prefix>/...`` metrics, or None when ``should_stop`` cut the pass short on any rank.
 
     ``batches`` are this rank's share. The sums stay on the device and are added in float64 at the end: one host sync an
     evaluation.
@@ -60,7 +70,8 @@ def evaluate(
     if n_cut_short:
         return None
     counts = {"token": int(n_tokens), "pair": int(n_pairs)}
-    return validation_metrics(module.objective, dict(zip(names, totals, strict=True)), counts, n_bytes)
+    metrics = validation_metrics(module.objective, dict(zip(names, totals, strict=True)), counts, n_bytes)
+    return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
 def validation_metrics(
@@ -72,5 +83,4 @@ def validation_metrics(
         metrics["ppl"] = perplexity(sums["nll"] / counts["token"])
     if objective.scores_all_text and n_bytes:
         metrics["bpb"] = bits_per_byte(sums["nll"], n_bytes)
-    metrics |= {"n_targets": counts["token"]} | ({"n_pairs": counts["pair"]} if counts["pair"] else {})
-    return {f"val/{name}": value for name, value in metrics.items()}
+    return metrics | {"n_targets": counts["token"]} | ({"n_pairs": counts["pair"]} if counts["pair"] else {})

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from llmkit.engine import optim
-from llmkit.engine.evaluate import TrainModule, evaluate
+from llmkit.engine.evaluate import EvalSet, TrainModule, evaluate
 from llmkit.engine.meter import Meter
 from llmkit.errors import LLMKitError, NumericsError, Stopped
 from llmkit.interfaces import Batch, Callback, RunInfo, Schedule
@@ -52,9 +52,10 @@ class Progress:
     position: int = 0  # samples consumed: the whole state of the data order
     n_tokens: int = 0
     elapsed_seconds: float = 0.0
-    evaluated_step: int = 0
+    evaluated_step: int = -1
     best_step: int = 0
     best_loss: float = math.inf
+    first_losses: dict[str, float] = field(default_factory=dict)  # before the first step, where that is measured
     skipped_in_a_row: int = 0
 
 
@@ -83,8 +84,8 @@ class Trainer:
     seed: int
     global_batch_size: int
     load_step: Callable[[int], StepData]  # position -> this rank's micro-batches
-    val_batches: Callable[[], Iterator[Batch]] | None
-    val_bytes: int
+    eval_sets: Mapping[str, EvalSet]  # by the prefix of their metrics; ``val`` decides which checkpoint is best
+    evaluate_first: bool  # also before the first step
     record: Callable[[int, dict[str, float]], None]
     save: Callable[[Trainer, bool], None]  # (trainer, is this the best so far)
     stop_requested: Callable[[], bool]
@@ -113,7 +114,7 @@ class Trainer:
         """Train to ``max_steps`` or ``max_hours``. Raises ``Stopped`` once a stop signal's checkpoint is safe."""
         self.wrapped.train()
         self._clock_zero = time.perf_counter() - self.progress.elapsed_seconds
-        stop = self._evaluate_if_due()
+        stop = self._evaluate_if_due(force=self.evaluate_first and self.progress.step == 0)
         while self.progress.step < self.max_steps and not stop and not self._time_is_up():
             stop = self._advance()
             stop = self._evaluate_if_due() or stop
@@ -217,21 +218,27 @@ class Trainer:
         """Evaluate when this step's turn has come and it was not done yet; True when a stop cut it short."""
         progress = self.progress
         due = force or self._is_due(self.engine.eval_every)
-        if self.val_batches is None or not due or progress.evaluated_step == progress.step:
+        if not self.eval_sets or not due or progress.evaluated_step == progress.step:
             return False
-        metrics = evaluate(
-            self.module,
-            self.val_batches(),
-            n_bytes=self.val_bytes,
-            device=self.device,
-            sum_over_ranks=self._sum_over_ranks,
-            should_stop=self.stop_requested,
-        )
-        if metrics is None:
-            return True
+        metrics: dict[str, float] = {}
+        for name, rows in self.eval_sets.items():
+            scored = evaluate(
+                self.module,
+                rows.batches(),
+                n_bytes=rows.n_bytes,
+                device=self.device,
+                prefix=name,
+                sum_over_ranks=self._sum_over_ranks,
+                should_stop=self.stop_requested,
+            )
+            if scored is None:
+                return True
+            metrics |= scored
         progress.evaluated_step = progress.step
         progress.elapsed_seconds = time.perf_counter() - self._clock_zero
-        if metrics["val/loss"] < progress.best_loss:
+        if progress.step == 0:
+            progress.first_losses = {name: metrics[f"{name}/loss"] for name in self.eval_sets}
+        elif metrics.get("val/loss", math.inf) < progress.best_loss:
             progress.best_loss, progress.best_step = metrics["val/loss"], progress.step
         self.record(progress.step, metrics | {"perf/elapsed_seconds": progress.elapsed_seconds})
         if self.accelerator.is_main_process:

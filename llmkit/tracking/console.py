@@ -25,7 +25,7 @@ _FORMATS: dict[str, tuple[str, Callable[[float], str]]] = {
     "perf/mfu": ("mfu", "{:.1%}".format),
     "perf/peak_memory_gib": ("mem", "{:.2f} GiB".format),
 }
-_RESULTS = ("val/", "task/")  # shown with their own names, and kept on the live view until the next ones
+_RESULTS = ("val/", "val_old/", "task/")  # shown with their own names, and kept on the live view until the next ones
 _COUNTS = ("/n_targets",)  # of the results: for the record, not for a glance
 
 

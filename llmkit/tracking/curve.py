@@ -50,6 +50,7 @@ class Panel:
 
     y_label: str
     series: Sequence[Series]
+    x_label: str = "step"
 
 
 def write_curve(metrics_path: Path, svg_path: Path) -> None:
@@ -62,7 +63,7 @@ def write_curve(metrics_path: Path, svg_path: Path) -> None:
 
 
 def curve_svg(rows: Sequence[dict[str, Any]], title: str) -> str:
-    """The picture as SVG text."""
+    """The picture of a run as SVG text."""
     train, val, bpb = (points_of(rows, name) for name in ("train/loss", "val/loss", "val/bpb"))
     loss = Panel(
         "loss (nats per token)",
@@ -75,9 +76,17 @@ def curve_svg(rows: Sequence[dict[str, Any]], title: str) -> str:
     panels = [loss]
     if bpb:
         panels.append(Panel("bits per byte", [Series("validation", "#059669", thin(bpb), marks=True)]))
+    return picture(panels, title)
+
+
+def picture(panels: Sequence[Panel], title: str) -> str:
+    """Panels below one another as SVG text; those with the same label of x have the same scale of it."""
     height = TITLE_HEIGHT + PANEL_HEIGHT * len(panels)
-    last_step = max((step for panel in panels for s in panel.series for step, _ in s.points), default=1.0)
-    body = "\n".join(_panel(panel, TITLE_HEIGHT + PANEL_HEIGHT * i, last_step) for i, panel in enumerate(panels))
+    ends = {
+        label: max((x for p in panels if p.x_label == label for s in p.series for x, _ in s.points), default=1.0)
+        for label in {panel.x_label for panel in panels}
+    }
+    body = "\n".join(_panel(p, TITLE_HEIGHT + PANEL_HEIGHT * i, ends[p.x_label]) for i, p in enumerate(panels))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}">\n'
         f"<style>\n{STYLE}\n</style>\n"
@@ -171,7 +180,7 @@ def _axes(panel: Panel, frame: _Frame) -> list[str]:
         parts.append(_line("axis", frame.x(step), frame.bottom, frame.x(step), frame.bottom + 4))
         parts.append(_text(f"{step:,.6g}", frame.x(step), frame.bottom + 18, "middle"))
     parts.append(_line("axis", LEFT, frame.bottom, WIDTH - RIGHT, frame.bottom))
-    parts.append(_text("step", (LEFT + WIDTH - RIGHT) / 2, frame.bottom + 36, "middle"))
+    parts.append(_text(panel.x_label, (LEFT + WIDTH - RIGHT) / 2, frame.bottom + 36, "middle"))
     middle = (frame.top + frame.bottom) / 2
     turned = f'transform="rotate(-90 16 {middle:.1f})"'
     parts.append(f'<text x="16" y="{middle:.1f}" text-anchor="middle" {turned}>{panel.y_label}</text>')

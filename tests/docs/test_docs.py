@@ -82,7 +82,8 @@ def shrunk(argv: list[str]) -> list[str]:
     n_ids = 300 if any("data.path=" in a for a in argv) else 512  # as many as the small text allows
     more = [] if has_init or any(a.startswith("tokenizer") for a in argv) else [f"tokenizer.vocab_size={n_ids}"]
     if argv[0] == "pretrain":
-        more += [o for o in SHRINK if not (has_init and o.startswith("model."))]
+        other_model = has_init or "model=transformers" in argv  # its sizes are not ours to name
+        more += [o for o in SHRINK if not (other_model and o.startswith("model."))]
         if any(a.startswith("recipe=") and "bert" in a for a in argv):
             more.remove("model.n_kv_heads=2")  # a decoder's
     return [*argv, *more]

@@ -75,6 +75,7 @@ def config(path: str | Path | list[str], cache: Path, **changes: Any) -> DataCon
         "weights": None,
         "val_path": None,
         "val_fraction": 0.0,
+        "old_val_path": None,
         "text_field": "text",
         "max_document_bytes": 1 << 20,
         "max_line_bytes": 1 << 20,

@@ -14,6 +14,7 @@ SETTINGS = DataConfig(
     weights=None,
     val_path=None,
     val_fraction=0.01,
+    old_val_path=None,
     text_field="text",
     max_document_bytes=1 << 20,
     max_line_bytes=1 << 20,

@@ -13,8 +13,8 @@ import torch
 
 from llmkit.engine.callbacks import SampleText
 from llmkit.interfaces import RunInfo
-from llmkit.models.config import DecoderConfig
 from llmkit.models.decoder import Decoder
+from tests.unit.models.tiny import llama
 
 
 class Letters:
@@ -41,29 +41,7 @@ def callback(prompts: list[str], tokenizer: Letters | None) -> SampleText:
 
 @pytest.fixture
 def model() -> Decoder:
-    config = DecoderConfig(
-        vocab_size=258,
-        max_seq_len=64,
-        d_model=16,
-        n_layers=1,
-        n_heads=2,
-        n_kv_heads=None,
-        d_head=None,
-        d_ff=None,
-        norm="rmsnorm",
-        norm_bias=False,
-        norm_eps=1e-5,
-        activation="swiglu",
-        position="rotary",
-        rope_theta=10000.0,
-        qk_norm=False,
-        attention_bias=False,
-        mlp_bias=False,
-        dropout=0.5,
-        tie_embeddings=True,
-        init_std=0.02,
-        residual_init_scale=True,
-    )
+    config = llama(vocab_size=258, max_seq_len=64, d_model=16, n_layers=1, n_heads=2, dropout=0.5)
     decoder = config.build()
     decoder.init_weights(0)
     return decoder

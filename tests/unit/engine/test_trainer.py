@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from llmkit.engine.device import make_accelerator
-from llmkit.engine.evaluate import TrainModule, evaluate
+from llmkit.engine.evaluate import EvalSet, TrainModule, evaluate
 from llmkit.engine.launch import refuse_solo_runs
 from llmkit.engine.meter import Meter
 from llmkit.engine.optim import AdamW
@@ -123,8 +123,8 @@ def make_trainer(engine: EngineConfig, recorder: Recorder, model: nn.Module, **c
         seed=3,
         global_batch_size=engine.micro_batch_size * engine.grad_accum_steps,
         load_step=loader(engine),
-        val_batches=val_batches,
-        val_bytes=100,
+        eval_sets={"val": EvalSet(val_batches, 100)},
+        evaluate_first=False,
         record=recorder.record,
         save=recorder.save,
         stop_requested=lambda: recorder.stop_now,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -192,6 +192,38 @@ _load_tokenizer = lru_cache(maxsize=1)(lambda load, folder: load(folder))
 _load_index = lru_cache(maxsize=1)(WindowIndex.load)
 
 
+class TextNumbers:
+    """Which documents of a split are a later section of the same text as the document before them in that split.
+
+    Sections of one text may fall on different sides, so the document before may be of another text. At the beginning of
+    a chunk that goes on with a text, the document before is taken to be of that text: two texts that count as one only
+    take no wrong segments from each other.
+    """
+
+    def __init__(self, goes_on: bool) -> None:
+        self.was_cut = goes_on
+        self.number = self.before = 0 if goes_on else -1
+        self.last: dict[ShardWriter, int] = {}  # the text of the document written last
+        self.of_place: list[int] = []
+
+    def add(self, cut: Sequence[bool]) -> None:
+        """The next documents in the order of the text; ``cut``: goes on in the document after it."""
+        self.of_place = []
+        for is_cut in cut:
+            self.number += not self.was_cut
+            self.of_place.append(self.number)
+            self.was_cut = is_cut
+
+    def goes_on(self, writer: ShardWriter, places: NDArray[np.int64]) -> list[bool]:
+        """For the documents that are now written into a split."""
+        found = []
+        for place in places:
+            number = self.of_place[place]
+            found.append(number == self.last.get(writer, self.before))
+            self.last[writer] = number
+        return found
+
+
 def encode_chunk(task: EncodeTask) -> ChunkTokens:
     """Second pass over one chunk: writes its training and its validation shard."""
     tokenizer: Tokenizer = _load_tokenizer(task.load, task.tokenizer_folder)
@@ -202,15 +234,15 @@ def encode_chunk(task: EncodeTask) -> ChunkTokens:
     train = ShardWriter(task.train_path, task.vocabulary, sentences=task.sentences)
     val = ShardWriter(task.val_path, task.vocabulary, sentences=task.sentences)
     with train, val:
-        n_seen, was_cut = 0, task.goes_on
+        n_seen, numbers = 0, TextNumbers(task.goes_on)
         for batch in batches(rows, lambda _: None):
             hashes.append(batch.hashes())
             kept = _kept(keep, n_seen, hashes[-1].size)
             is_val = belongs_to_val(hashes[-1], task.val_rule)
-            goes_on = [was_cut, *batch.cut[:-1]]
-            was_cut = batch.cut[-1]
+            numbers.add(batch.cut)
             for writer, places in ((train, kept & ~is_val), (val, kept & is_val)):
-                _write(writer, tokenizer, batch, np.flatnonzero(places), goes_on)
+                chosen = np.flatnonzero(places)
+                _write(writer, tokenizer, batch, chosen, numbers.goes_on(writer, chosen))
             if index:
                 found.append(index.found_in([batch.raw[place] for place in np.flatnonzero(kept & ~is_val)]))
             n_seen += hashes[-1].size
@@ -236,7 +268,7 @@ def _kept(keep: NDArray[np.bool_] | None, start: int, n: int) -> NDArray[np.bool
 
 
 def _write(
-    writer: ShardWriter, tokenizer: Tokenizer, batch: Batch, places: NDArray[np.int64], goes_on: list[bool]
+    writer: ShardWriter, tokenizer: Tokenizer, batch: Batch, places: NDArray[np.int64], goes_on: Sequence[bool]
 ) -> None:
     if not places.size:
         return
@@ -245,7 +277,7 @@ def _write(
         writer.add(tokenizer.encode_batch(texts), n_bytes)
         return
     encoded = encode_with_sentences(tokenizer, texts)
-    sentences = [Sentences(one.starts, goes_on[place]) for one, place in zip(encoded, places, strict=True)]
+    sentences = [Sentences(one.starts, later) for one, later in zip(encoded, goes_on, strict=True)]
     writer.add([one.ids for one in encoded], n_bytes, sentences)
 
 

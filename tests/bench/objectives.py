@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -88,12 +89,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         common = [*text, f"run.root={root}", f"data.cache_dir={root / 'cache'}", "tracking.wandb.mode=disabled"]
-        for recipe in args.recipes:
-            command = [f"recipe={recipe}", "callbacks=none", *common, *overrides]
+        commands = {name: [f"recipe={name}", "callbacks=none", *common, *overrides] for name in args.recipes}
+        for recipe, command in commands.items():
             print(json.dumps({"recipe": recipe, **unigram(command)}), flush=True)
-            for seed in args.seeds:
-                result = train_and_score(root, f"{recipe}-{seed}", [*command, f"run.seed={seed}"])
-                print(json.dumps({"recipe": recipe, "seed": seed, **result}), flush=True)
+        for seed, (recipe, command) in product(args.seeds, commands.items()):
+            result = train_and_score(root, f"{recipe}-{seed}", [*command, f"run.seed={seed}"])
+            print(json.dumps({"recipe": recipe, "seed": seed, **result}), flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -89,7 +90,7 @@ def test_ids_and_older_entries_stay_as_they_are(tmp_path: Path, cache: Path) -> 
     key = sources.inputs_of(data, sources.find(data), ByteSpec().key(), sentences=False)
     assert list(key) == ["version", "chunk_bytes", "data", "tokenizer", "files"]
     with_sentences = run(data, sentences=True)
-    assert with_sentences.reason == "rebuilt: sentences None -> 1"
+    assert with_sentences.reason == "rebuilt: sentences None -> 2"
     assert run(data).folder == plain.folder
     assert run(data, sentences=True).reused
     before, after = contents(plain.folder), contents(with_sentences.folder)
@@ -151,6 +152,20 @@ def test_sections_of_a_text_are_known(tmp_path: Path, cache: Path, max_train_byt
     assert len(texts) == 10
     begins = [text.startswith(("Short", "A sentence of a long text, the 0th")) for text in texts]
     assert flags(prepared.train[0], GOES_ON) == [not begin for begin in begins]
+
+
+def test_sections_of_a_split_text_join_only_their_own(tmp_path: Path, cache: Path) -> None:
+    """The sections of a text fall on both sides; a split holds some texts in part only."""
+    texts = [" ".join(f"Number {n} says {k}." for k in range(12)) for n in range(80)]
+    prepared = run(config(write_jsonl(tmp_path / "a.jsonl", texts), cache, max_document_bytes=64, val_fraction=0.3),
+                   sentences=True)  # fmt: skip
+    assert prepared.val is not None
+    for shards in (*prepared.train, prepared.val):
+        owners = [re.findall(r"Number (\d+)", " ".join(sentences)) for sentences in stored(shards)]
+        assert all(len(set(owner)) == 1 for owner in owners)
+        numbers = [owner[0] for owner in owners]
+        assert len(numbers) > len(set(numbers))
+        assert flags(shards, GOES_ON) == [False, *(a == b for a, b in pairwise(numbers))]
 
 
 def test_a_text_that_goes_on_in_the_next_chunk(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

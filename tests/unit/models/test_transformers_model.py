@@ -296,10 +296,10 @@ def test_prompts_of_a_batch_do_not_know_one_another(config: TransformersConfig) 
         top_p=None,
         repetition_penalty=1.0,
         seed=1,
-        stop=(),
+        stop=[],
         use_cache=True,
     )
-    prompts, tokenizer = ["a", "some words", "b"], ByteTokenizer()
+    prompts, tokenizer = ["some", "words", "b", "more"], ByteTokenizer()
     together = generate(model, tokenizer, prompts, settings, device="cpu")  # type: ignore[arg-type]
     assert together == [
         generate(model, tokenizer, [prompt], settings, device="cpu")[0]  # type: ignore[arg-type]

@@ -19,10 +19,10 @@ def config(task: str, model_type: str, **settings: Any) -> TransformersConfig:
     return made.with_special_ids(BOS, EOS, PAD)
 
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-SIDES = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIDES: dict[str, Any] = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in
          {"layers": 2, "attention_heads": 2, "ffn_dim": 32}.items()}  # fmt: skip
-GPT_NEO = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "window_size": 5}
+GPT_NEO: dict[str, Any] = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "window_size": 5}
 DECODERS = {
     "windows": config("causal_lm", "gpt_neo", **GPT_NEO, attention_types=[[["global", "local"], 1]]),
     "positions from the mask": config("causal_lm", "opt", **SMALL, ffn_dim=32, word_embed_proj_dim=8),
@@ -71,8 +71,8 @@ def ids_of(n_rows: int, length: int, seed: int) -> Tensor:
     return torch.randint(5, V, (n_rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-LENGTHS = ([5, 1, 9, 3], [20])  # of the documents in two rows; the first has padding
-SOURCE_LENGTHS = ([4, 8, 2, 6], [22])
+LENGTHS = ([5, 1, 8, 4], [20])  # of the documents in two rows; the first has padding, 5 and 8 are read together
+SOURCE_LENGTHS = ([6, 8, 5, 3], [22])
 
 
 def documents(lengths: tuple[list[int], ...], width: int) -> Tensor:
@@ -97,7 +97,7 @@ def alone(model: Any, batch: Batch) -> dict[tuple[int, int], Tensor]:
     found, documents_BT = {}, batch.document_ids
     assert documents_BT is not None
     for row, ids in enumerate(batch.input_ids):
-        for number in documents_BT[row].unique().tolist():
+        for number in sorted(set(documents_BT[row].tolist())):
             given = {"input_ids": ids[documents_BT[row] == number][None]}
             if batch.source is not None:
                 assert batch.source.document_ids is not None
@@ -111,4 +111,4 @@ def alone(model: Any, batch: Batch) -> dict[tuple[int, int], Tensor]:
 
 
 def _caches(model: Any) -> bool:
-    return model.config.kind != "encoder"
+    return bool(model.config.kind != "encoder")

@@ -241,8 +241,7 @@ def encode_chunk(task: EncodeTask) -> ChunkTokens:
             is_val = belongs_to_val(hashes[-1], task.val_rule)
             numbers.add(batch.cut)
             for writer, places in ((train, kept & ~is_val), (val, kept & is_val)):
-                chosen = np.flatnonzero(places)
-                _write(writer, tokenizer, batch, chosen, numbers.goes_on(writer, chosen))
+                _write(writer, tokenizer, batch, np.flatnonzero(places), numbers)
             if index:
                 found.append(index.found_in([batch.raw[place] for place in np.flatnonzero(kept & ~is_val)]))
             n_seen += hashes[-1].size
@@ -268,7 +267,7 @@ def _kept(keep: NDArray[np.bool_] | None, start: int, n: int) -> NDArray[np.bool
 
 
 def _write(
-    writer: ShardWriter, tokenizer: Tokenizer, batch: Batch, places: NDArray[np.int64], goes_on: Sequence[bool]
+    writer: ShardWriter, tokenizer: Tokenizer, batch: Batch, places: NDArray[np.int64], numbers: TextNumbers
 ) -> None:
     if not places.size:
         return
@@ -277,6 +276,7 @@ def _write(
         writer.add(tokenizer.encode_batch(texts), n_bytes)
         return
     encoded = encode_with_sentences(tokenizer, texts)
+    goes_on = numbers.goes_on(writer, places)
     sentences = [Sentences(one.starts, later) for one, later in zip(encoded, goes_on, strict=True)]
     writer.add([one.ids for one in encoded], n_bytes, sentences)
 

@@ -10,12 +10,12 @@ from llmkit.engine.checkpoint import MODEL, STEP_FOLDER, CheckpointStore, open_c
 from llmkit.engine.manifest import MANIFEST
 from llmkit.errors import CheckpointError, ConfigError, LLMKitError, SetupError
 from llmkit.gguf_file import SUFFIX
+from llmkit.models.hf.weight_files import PICKLES
 
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]+)?")
 # Weights, configuration and tokenizer; no pickles, no code, no copies in other frameworks' subfolders.
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
 HUB_LEFT_OUT = ["*/*", "consolidated*", "*.py"]
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def resolve_init(init: str) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llmkit.errors import CheckpointError, ConfigError
 from llmkit.models.hf.family import Keys
 from llmkit.models.hf.own import KEY as OURS
-from llmkit.models.hf.weight_files import TYPES, Stored, list_tensors, read_json, read_tensor
+from llmkit.models.hf.weight_files import MAX_GROWTH, MAX_LAYERS, TYPES, Stored, list_tensors, read_json, read_tensor
 from llmkit.models.transformers_build import (
     LENGTHS,
     hf_config,
@@ -33,10 +33,8 @@ from llmkit.models.transformers_model import WRAPPERS, Wrapped
 
 log = logging.getLogger("llmkit.models")
 
-MAX_GROWTH = 4  # parameters for each value in the files: a head that is new can be as large as the rest
 MAX_BUFFER_BYTES = 1 << 32  # what is computed when a model is made, such as masks for every pair of positions
 MAX_NUMBER = 1 << 40  # a size above it is a mistake, and lists as long as that must not be made
-MAX_LAYERS = 100_000
 
 
 def wrapped_config(folder: Path, chosen: TransformersConfig | None = None) -> TransformersConfig:

@@ -7,8 +7,8 @@ from typing import Any
 
 from llmkit.interfaces import ModelConfig
 from llmkit.models.encoder_decoder_config import EncoderDecoderConfig
-from llmkit.models.hf.bert import BOTH, one_dropout
-from llmkit.models.hf.family import Family, Keys
+from llmkit.models.hf.bert import BOTH
+from llmkit.models.hf.family import Family, Keys, one_dropout
 from llmkit.models.hf.rows import Row, Stack, stacked_rows
 from llmkit.models.hf.t5 import start_id, start_key
 

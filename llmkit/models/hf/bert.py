@@ -6,14 +6,11 @@ tells them apart. The file of the published model names the second and holds the
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from llmkit.models.encoder_config import EncoderConfig
-from llmkit.models.hf.family import Family, Keys
+from llmkit.models.hf.family import Family, Keys, one_dropout
 from llmkit.models.hf.rows import Row, Stack, stacked_rows
-
-log = logging.getLogger("llmkit.models")
 
 WITH_POOLER, WITHOUT_POOLER = "BertForPreTraining", "BertForMaskedLM"
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -109,14 +106,6 @@ def read_bert_like(
         dropout=one_dropout(keys, DROPOUTS, 0.1),
         init_std=keys.number("initializer_range", 0.02),
     )
-
-
-def one_dropout(keys: Keys, names: tuple[str, ...], default: float) -> float:
-    """llmkit has one probability for all places."""
-    values = {name: keys.number(name, default) for name in names}
-    if len(set(values.values())) > 1:
-        log.warning("%s: %s; all places will use the first", keys.where, values)
-    return values[names[0]]
 
 
 def backbone_rows(prefix: str) -> tuple[Row, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from llmkit.models.encoder_config import EncoderConfig
-from llmkit.models.hf.bert import ACTIVATIONS, BOTH, HEAD, OTHER_HEADS, is_post_norm, one_dropout, post_norm
-from llmkit.models.hf.family import Family, Keys
+from llmkit.models.hf.bert import ACTIVATIONS, BOTH, HEAD, OTHER_HEADS, is_post_norm, post_norm
+from llmkit.models.hf.family import Family, Keys, one_dropout
 from llmkit.models.hf.rows import Row, Stack, stacked_rows
 
 NORM_EPS = 1e-12  # the architecture has no other

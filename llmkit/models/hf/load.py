@@ -16,7 +16,16 @@ from llmkit.models.hf import own
 from llmkit.models.hf.families import family_named
 from llmkit.models.hf.family import Family, Keys
 from llmkit.models.hf.rows import Row, fill
-from llmkit.models.hf.weight_files import Stored, check_type, list_tensors, read_json, read_tensor, same_values
+from llmkit.models.hf.weight_files import (
+    MAX_GROWTH,
+    MAX_LAYERS,
+    Stored,
+    check_type,
+    list_tensors,
+    read_json,
+    read_tensor,
+    same_values,
+)
 from llmkit.models.transformers_config import is_wrapped
 
 if TYPE_CHECKING:
@@ -24,9 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 log = logging.getLogger("llmkit.models")
-
-MAX_GROWTH = 4  # parameters for each value in the files: a head that is new can be as large as the rest
-MAX_LAYERS = 100_000
 
 
 def load_config(folder: Path) -> ModelConfig:

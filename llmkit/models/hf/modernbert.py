@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from llmkit.models.encoder_config import EncoderConfig
-from llmkit.models.hf.bert import BOTH, HEAD, OTHER_HEADS, one_dropout
-from llmkit.models.hf.family import Family, Keys
+from llmkit.models.hf.bert import BOTH, HEAD, OTHER_HEADS
+from llmkit.models.hf.family import Family, Keys, one_dropout
 from llmkit.models.hf.rows import Row, Stack, stacked_rows
 
 ACTIVATIONS = {"gelu": "geglu", "silu": "swiglu"}

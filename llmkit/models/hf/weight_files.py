@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_GROWTH = 4  # parameters for each value in the files: a head that is new can be as large as the rest
+MAX_LAYERS = 100_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in the file -> in torch
 KINDS = {theirs: kind for kind, theirs in TYPES.items()}

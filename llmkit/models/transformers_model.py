@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from llmkit.errors import ConfigError
 from llmkit.interfaces import Batch, Tokens
+from llmkit.models.layers import soft_cap
 from llmkit.models.transformers_build import empty_module, new_module, output_matrix
 from llmkit.models.transformers_config import TransformersConfig
 from llmkit.models.transformers_documents import Part, by_length, documents_in, part_of, parts_of, put_back
@@ -190,8 +191,7 @@ class Wrapped(nn.Module):
 
     def _logits(self, states_BTD: Tensor) -> Tensor:
         logits_BTV = nn.functional.linear(self.output_states(states_BTD), self.output_weight_VD, self.output_bias_V)
-        cap = self.logit_softcap
-        return logits_BTV if cap is None else cap * torch.tanh(logits_BTV / cap)
+        return soft_cap(logits_BTV, self.logit_softcap)
 
 
 class WrappedDecoder(Wrapped):

@@ -58,10 +58,35 @@ COMMANDS = {
         "train the tokenizer and make the token shards once, with a report",
         example="llmkit prepare recipe=gpt_tiny data.path=corpus.jsonl",
     ),
+    "finetune": Command(
+        "llmkit.commands.finetune",
+        "fine-tune a model for a task: sentiment, qa, summarization, translation, code, chat",
+        example="llmkit finetune task=sentiment init=runs/bert_tiny data.path=reviews.jsonl run.name=reviews",
+    ),
     "evaluate": Command(
         "llmkit.commands.evaluate",
-        "loss, perplexity and bits per byte of a model on text",
+        "loss, perplexity and bits per byte of a model on text; with task=..., a task's metrics on rows",
         example="llmkit evaluate init=runs/mine data.path=heldout.txt",
+    ),
+    "predict": Command(
+        "llmkit.commands.predict",
+        "answers of a fine-tuned model to texts or to the rows of a file",
+        flags=(
+            Flag(("--text",), "a text to answer, or JSON with the task's roles", "TEXT", repeat=True),
+            Flag(("--file",), "a file of rows to answer", "FILE"),
+            Flag(("--out",), "write the answers here, a JSON object a line", "FILE"),
+        ),
+        example="llmkit predict init=runs/reviews --text 'What a lovely day'",
+    ),
+    "chat": Command(
+        "llmkit.commands.chat",
+        "talk with a model",
+        example="llmkit chat init=runs/assistant",
+    ),
+    "data show": Command(
+        "llmkit.commands.data_show",
+        "rows of a task token by token: what is trained, what is masked, what was cut",
+        example="llmkit data show task=chat data.path=conversations.jsonl",
     ),
     "generate": Command(
         "llmkit.commands.generate",
@@ -91,6 +116,9 @@ COMMANDS = {
         example="llmkit doctor",
     ),
 }
+
+TASK_ROOTS = {"evaluate": "evaluate_task"}
+MODULES = {"evaluate_task": "llmkit.commands.evaluate_task"}  # of roots that are not a command's own
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -125,10 +153,10 @@ def _dispatch(argv: list[str]) -> int:
     if words[0] == "--version":
         print(f"llmkit {__version__}")
         return EXIT_OK
-    name = words[0]
+    name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]
     if name not in COMMANDS:
         raise _unknown("command", name, list(COMMANDS), "`llmkit --help` lists the commands")
-    args = parse_flags(name, words[1:])
+    args = parse_flags(name, words[len(name.split()) :])
     args.argv = ["llmkit", *argv]
     args.debug = "--debug" in argv
     command = COMMANDS[name]
@@ -137,14 +165,14 @@ def _dispatch(argv: list[str]) -> int:
         return EXIT_OK
     if command.config:
         return _run_configured(name, args)
-    code: int = _load(command).run(None, args)
+    code: int = _load(command.module).run(None, args)
     return code
 
 
-def _load(command: Command) -> Any:
+def _load(module: str) -> Any:
     import importlib
 
-    return importlib.import_module(command.module)
+    return importlib.import_module(module)
 
 
 def _run_configured(name: str, args: argparse.Namespace) -> int:
@@ -156,16 +184,17 @@ def _run_configured(name: str, args: argparse.Namespace) -> int:
     for prefix in args.allow:
         targets.allow(prefix)
     folder = Path(args.config_dir) if args.config_dir else None
+    root = root_of(name, args.overrides)
     if args.help:
         from llmkit.config.help import config_help
 
-        print(f"{short_help(name)}\n\n{config_help(name, args.overrides, folder)}")
+        print(f"{short_help(name)}\n\n{config_help(root, args.overrides, folder)}")
         return EXIT_OK
     if args.multirun:
         from llmkit.config.sweep import sweep
 
-        return sweep(name, args.overrides, folder, passed_on(name, args))
-    composed = compose(name, args.overrides, folder)
+        return sweep(root, args.overrides, folder, passed_on(name, args))
+    composed = compose(root, args.overrides, folder)
     if args.cfg:
         from llmkit.config.yaml_file import dump
 
@@ -173,14 +202,20 @@ def _run_configured(name: str, args: argparse.Namespace) -> int:
             raise config_error(composed.problems)
         print(dump(composed.plain), end="")
         return EXIT_OK
-    cfg = check(name, composed)
+    cfg = check(root, composed)
     if getattr(args, "dry_run", False):
         args.differences = [f"{path}: {old} -> {new}" for path, old, new in composed.differences()]
     from llmkit.tracking.logs import setup_logging
 
     setup_logging(_rank(), debug=args.debug)
-    code: int = _load(COMMANDS[name]).run(cfg, args)
+    code: int = _load(MODULES.get(root, COMMANDS[name].module)).run(cfg, args)
     return code
+
+
+def root_of(name: str, overrides: Sequence[str]) -> str:
+    """The root file in ``recipes/`` of a command; `evaluate` has a second one, for tasks."""
+    root = name.replace(" ", "_")
+    return TASK_ROOTS[root] if root in TASK_ROOTS and any(word.startswith("task=") for word in overrides) else root
 
 
 # -- flags ---------------------------------------------------------------------------------------------------------

@@ -97,6 +97,10 @@ class Stopped(LLMKitError):
         self.exit_code = exit_code
 
 
+class BadExample(ValueError):
+    """A record that a task cannot use; the reason is short and the same for the same fault. Counted, not fatal."""
+
+
 def missing_extra(package: str, extra: str) -> SetupError:
     """The error for an optional package that is not installed."""
     return SetupError(f"{package} is not installed", fix=f"pip install 'llmkit[{extra}]'")

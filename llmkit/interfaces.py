@@ -47,6 +47,19 @@ class Tokenizer(Protocol):
         """Ids of ``text`` alone: no special token is added, and none is recognised inside the text."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]: ...
+    def encode_spans(
+        self, text: str, plain: Sequence[tuple[int, int]] | None = None
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """``encode(text)``, and for each id the characters ``start:stop`` of ``text`` it stands for.
+
+        Spans never go back; an id without text of its own (a prefix space that the tokenizer adds) has an empty one.
+        ``plain`` not None: names of special tokens are those tokens, save where they touch one of these ranges of
+        characters (what people wrote, between the marks of a chat template).
+        """
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        """The conversation as the model's chat template writes it. Raises ConfigError where there is no template."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens left out."""
 
@@ -95,6 +108,17 @@ class Pair(NamedTuple):
     label: int
 
 
+class Answer(NamedTuple):
+    """What a task's row has to say. Set is what the row's objective reads."""
+
+    trained: NDArray[np.bool_] | None = None  # decoder, same length as the row's ids: those that are predicted
+    target: NDArray[np.int64] | None = None  # encoder-decoder: what the decoder says, end token included
+    label: int | None = None  # classification
+    span: tuple[int, int] | None = None  # span QA: first and last id of the answer; (0, 0) is "no answer"
+    second: int | None = None  # where the second segment begins (question and context), in models with segments
+    n_cut: int = 0  # ids of the question that were left out to make the row fit
+
+
 class Row(NamedTuple):
     """One sequence on its way into a batch, and all that random choices about it may depend on."""
 
@@ -102,6 +126,7 @@ class Row(NamedTuple):
     seed: tuple[int, ...]  # (what names the epoch ..., row); in validation the same in every evaluation
     position: int | None = None  # sequences drawn before it in training; None in validation
     pairs: tuple[Pair, ...] = ()  # of sentence pairs, in order, without gaps
+    answer: Answer | None = None  # of a task's row, which is one document: special tokens included
 
     def rng(self) -> np.random.Generator:
         """Random numbers of this row: the same whatever the batch, the process and the time."""
@@ -135,6 +160,15 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Examples:
+    """What a task asks of whole rows of a batch, in the order of the rows. Places are in B*T flattened."""
+
+    first_N: Tensor  # int64: the first token of each example
+    last_N: Tensor  # int64: its last token
+    labels: Tensor  # int64: N classes, or N2 places of the first and last token of the answer
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of packed sequences.
 
@@ -152,11 +186,13 @@ class Batch:
     pair_starts: Tensor | None = None  # N int64: the first token of every pair, in B*T flattened
     pair_labels: Tensor | None = None  # N int64, 0 or 1
     n_pairs: int = 0
+    examples: Examples | None = None  # of tasks that ask one question a row
+    n_examples: int = 0
 
     @property
     def counts(self) -> dict[str, int]:
         """Targets of each loss, by the names of ``LossSum.losses``."""
-        return {"token": self.n_targets, "pair": self.n_pairs}
+        return {"token": self.n_targets, "pair": self.n_pairs, "example": self.n_examples}
 
     @property
     def n_tokens(self) -> int:

@@ -54,6 +54,7 @@ class Conditioned:
 
     def __init__(self, model: Seq2SeqModel, source: Tokens) -> None:
         self._model, self._source = model, source
+        self._sources_B = torch.arange(len(source.input_ids))  # that each row reads
 
     @property
     def max_seq_len(self) -> int:
@@ -78,6 +79,13 @@ class Conditioned:
 
     def modules(self) -> Iterator[torch.nn.Module]:
         return self._model.modules()
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Go on with these of the rows, in this order; one may be there several times."""
+        sources_B = self._sources_B.to(rows_B.device)[rows_B]
+        if not torch.equal(sources_B, self._sources_B.to(rows_B.device)):
+            self._memory = self._memory.of_rows(rows_B)
+        self._sources_B = sources_B
 
     @cached_property
     def _memory(self) -> Any:
@@ -108,15 +116,13 @@ class SentinelText:
 
 
 def condition(
-    model: Seq2SeqModel, tokenizer: Tokenizer, prompts: Sequence[str], device: torch.device | str
-) -> tuple[Conditioned, SentinelText, list[list[int]]]:
-    """The model with the prompts as its sources, the reader of its texts, and the rows it starts from: the pad id.
+    model: Seq2SeqModel, rows: Sequence[Sequence[int]], ids: TokenIds, device: torch.device | str
+) -> Conditioned:
+    """The model with ``rows`` as its sources; its own rows start with the pad id.
 
-    A prompt is a document, with its begin and end. Of one that is longer than the model's window the first ids are
-    read, with a warning that says how many are not.
+    Of a source that is longer than the model's window the first ids and the end token are read, with a warning that
+    says how many are not. An empty one is an end token.
     """
-    ids = tokenizer.token_ids()
-    rows = [source_ids(tokenizer, ids, prompt) for prompt in prompts]
     limit = model.max_seq_len
     dropped = [len(row) - limit for row in rows if len(row) > limit]
     if dropped:
@@ -125,8 +131,7 @@ def condition(
             *(len(dropped), len(rows), limit, sum(dropped)),
         )
     rows = [row if len(row) <= limit else [*row[: limit - 1], ids.eos_id] for row in rows]
-    source = _right_padded(rows, ids.pad_id, device)
-    return Conditioned(model, source), SentinelText(tokenizer, ids.sentinel_ids), [[ids.pad_id] for _ in rows]
+    return Conditioned(model, _right_padded([row or [ids.eos_id] for row in rows], ids.pad_id, device))
 
 
 def source_ids(tokenizer: Tokenizer, ids: TokenIds, prompt: str) -> list[int]:

@@ -51,6 +51,8 @@ class EngineConfig:
     save_every: Annotated[int | None, Range(1)]
     keep_last: Annotated[int, Range(2)]
     keep_best: bool
+    best_metric: str | None  # None: ``val/loss``, or what the task says
+    patience: Annotated[int | None, Range(1)]
     on_nonfinite: Literal["stop", "skip"]
     max_skipped_steps: Annotated[int, Range(1)]
     timeout_minutes: Annotated[float, Range(0)]
@@ -80,14 +82,51 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class TaskDataConfig:
+    """Where the rows of a task come from (``docs/finetune.md``)."""
+
+    path: str | list[str] | None  # None: the demo set of the task
+    target_path: str | None  # line-aligned files: line n of path belongs to line n of this one
+    val_path: str | list[str] | None
+    val_target_path: str | None
+    val_fraction: Annotated[float, Range(0, 0.5)]
+    columns: dict[str, str]  # role -> column, where the usual spellings are not enough
+    seq_len: Annotated[int | None, Range(8)]  # tokens a row; None: the model's max_seq_len
+    long_rows: Literal["error", "drop", "truncate"]
+    max_bad_fraction: Annotated[float, Range(0, 1)]
+    max_rows: Annotated[int | None, Range(1)]
+    max_answers: Annotated[int | None, Range(1)]
+
+
+@dataclass(frozen=True)
+class FreezeConfig:
+    """Parts of the model that fine-tuning leaves as they are."""
+
+    n_layers: Annotated[int, Range(0)]  # counted from the input
+    embeddings: bool
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What is added to the plain loss of a task."""
+
+    label_smoothing: Annotated[float, Range(0, 0.99)]
+    r_drop: Annotated[float, Range(0)]  # weight of the symmetric divergence between two dropout passes; 0 is off
+    chunk_size: Annotated[int | None, Range(1)]
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
-    """How text is sampled. Temperature 0 is greedy."""
+    """How text is written. Temperature 0 is greedy; ``n_beams`` above 1 searches, and draws nothing by chance."""
 
     max_new_tokens: Annotated[int, Range(1)]
     temperature: Annotated[float, Range(0)]
     top_k: Annotated[int | None, Range(1)]
     top_p: Annotated[float | None, Range(0, 1)]
     repetition_penalty: Annotated[float, Range(1e-6)]
+    no_repeat_ngram_size: Annotated[int | None, Range(1)]
+    n_beams: Annotated[int, Range(1)]
+    length_penalty: float
     stop: list[str]
     seed: Annotated[int, Range(0, 2**63 - 1)]
     use_cache: bool

@@ -47,7 +47,8 @@ def run(cfg: EvaluateConfig, args: argparse.Namespace) -> int:
     seq_len = window_of(cfg, trained, model.config.max_seq_len)
     prepared = text_of(cfg, trained, tokenizer, objective)
     shards = shards_of(cfg, prepared)
-    rows = [dataset_for(objective, shard, seq_len) for shard in shards]
+    split = "" if cfg.data.path else "validation"
+    rows = [dataset_for(objective, shard, seq_len, split) for shard in shards]
     device = pick_device(cfg.engine.device)
     set_threads(cfg.engine.n_threads)
     ids = tokenizer.token_ids()
@@ -148,5 +149,5 @@ def audit(
     """
     from llmkit.metrics.shortcut_audit import audit_pairs
 
-    train = dataset_for(objective, prepared.train[0], seq_len)
-    return audit_pairs(train, dataset_for(objective, shards[0], seq_len))
+    train = dataset_for(objective, prepared.train[0], seq_len, "training")
+    return audit_pairs(train, dataset_for(objective, shards[0], seq_len, "validation"))

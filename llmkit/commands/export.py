@@ -22,9 +22,10 @@ from llmkit.engine.stop import leave_on_signal
 from llmkit.errors import CheckpointError, ConfigError, NumericsError
 from llmkit.interfaces import ModelConfig, Tokenizer
 from llmkit.models.hf import load_config, load_model, save_model
-from llmkit.models.hf.families import FAMILIES
+from llmkit.models.hf.families import fitting_family
 from llmkit.tokenizers.chat_template import ChatTemplate
 from llmkit.tokenizers.load import load_tokenizer
+from llmkit.tokenizers.save import save_tokenizer
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GGUF_FILE = "model.gguf"
@@ -66,7 +67,7 @@ def write(cfg: ExportConfig, source: Path, config: ModelConfig, tokenizer: Token
     else:
         ids = tokenizer
         save_model(model.to(TYPES[cfg.dtype]), folder, bos_id=ids.bos_id, eos_id=ids.eos_id, pad_id=ids.pad_id)
-        tokenizer.save(folder)
+        save_tokenizer(tokenizer, folder, config.kind)
     del model  # before another one is opened
     file = GGUF_FILE if cfg.format == "gguf" else None
     return check_export(Exported(folder, file, cfg.dtype, config, tokenizer, ChatTemplate.of(tokenizer), source_BTV))
@@ -86,9 +87,7 @@ def refuse_unfit(cfg: ExportConfig, config: ModelConfig) -> None:
         from llmkit.models.gguf.architectures import ARCHITECTURES
 
         known = [architecture.model_type for architecture in ARCHITECTURES]
-        family = next(
-            (family for family in FAMILIES if isinstance(config, family.config) and family.fits(config)), None
-        )
+        family = fitting_family(config)
         if family is None or family.model_types[0] not in known:
             what = f"a {config.hf_architecture() or 'model of its own kind'} is not written as GGUF"
             raise ConfigError(what, where="format", fix=f"GGUF takes {', '.join(known)}; format=hf takes all")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -16,10 +17,12 @@ from llmkit.engine.device import AUTOCAST_DTYPE, pick_device, set_threads
 from llmkit.engine.init import resolve_init
 from llmkit.errors import ConfigError, DataError
 from llmkit.generation import generate, stream
-from llmkit.mask_filling import Candidates, fill_masks
+from llmkit.mask_filling import MASK_TEXTS, Candidates, fill_masks
 from llmkit.models.hf import load_model
 from llmkit.tokenizers.load import load_tokenizer
 from llmkit.tracking.logs import visible
+
+log = logging.getLogger("llmkit.generate")
 
 SEPARATOR = "---"  # between the texts of several prompts
 
@@ -33,6 +36,8 @@ def run(cfg: GenerateConfig, args: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, device=device, dtype=AUTOCAST_DTYPE.get(cfg.engine.precision, torch.float32))
     check_vocabulary(tokenizer.vocab_size, model.config.vocab_rows)
+    if model.config.kind == "encoder_decoder":
+        hint_at_sentinels(prompts, len(tokenizer.token_ids().sentinel_ids))
     if model.config.kind != "encoder" and len(prompts) == 1 and sys.stdout.isatty():
         _show(prompts[0], stream(model, tokenizer, prompts[0], cfg.generation, device=device))
         return 0
@@ -48,6 +53,18 @@ def run(cfg: GenerateConfig, args: argparse.Namespace) -> int:
         for i, (prompt, answer) in enumerate(zip(batch, answers, strict=True), start):
             print(f"{SEPARATOR}\n{prompt}{answer}" if i else f"{prompt}{answer}", flush=True)
     return 0
+
+
+def hint_at_sentinels(prompts: Sequence[str], n_sentinels: int) -> None:
+    """A mask is plain text to an encoder-decoder: warn who wrote one, and say what such a model fills."""
+    written = next((mask for mask in MASK_TEXTS for prompt in prompts if mask in prompt), None)
+    if written is not None:
+        what = (
+            "write <extra_id_0>, then <extra_id_1> ..., where text is to be found"
+            if n_sentinels
+            else "it fills no gaps"
+        )
+        log.warning("this model reads %s as plain text: %s", written, what)
 
 
 def _fillings(masks: Sequence[Candidates]) -> str:

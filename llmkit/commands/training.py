@@ -1,45 +1,40 @@
-"""What every training command builds, in reading order: text, model, engine, trainer."""
+"""What ``llmkit pretrain`` trains, in reading order: text, model, rows."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from torch.optim import Optimizer
-
+from llmkit.commands.assemble import Work, assemble, find_start
+from llmkit.commands.open_model import open_model
+from llmkit.commands.row_counts import say_counts
 from llmkit.config.build import build
+from llmkit.config.choices import recipes_dir
 from llmkit.config.schema import PretrainConfig
-from llmkit.data.datasets import counts_of, dataset_for, needs_sentences
-from llmkit.data.loader import TrainBatches, check_enough, check_vocabulary, eval_batches
+from llmkit.config.yaml_file import read_yaml
+from llmkit.data.datasets import dataset_for, needs_sentences
+from llmkit.data.loader import check_vocabulary
 from llmkit.data.prepare import PreparedData, prepare
-from llmkit.data.sampler import SampleOrder
-from llmkit.engine.checkpoint import Checkpoint, CheckpointStore
-from llmkit.engine.device import device_name, make_accelerator
-from llmkit.engine.evaluate import EvalSet, TrainModule
+from llmkit.data.token_shards import TokenShards
+from llmkit.engine.checkpoint import Checkpoint
 from llmkit.engine.init import resolve_init
-from llmkit.engine.limits import global_batch_size, grad_accum_steps_for, steps_to_run
-from llmkit.engine.manifest import config_hash
-from llmkit.engine.meter import Meter
-from llmkit.engine.optim import decay_groups, spare_compiler_import
 from llmkit.engine.recorder import Recorder
-from llmkit.engine.throughput import peak_flops
 from llmkit.engine.trainer import Trainer
-from llmkit.errors import CheckpointError, ConfigError, DataError
-from llmkit.interfaces import Batch, ModelConfig, Objective, Row, RunInfo, SequenceDataset, TokenIds, Tokenizer
+from llmkit.errors import ConfigError
+from llmkit.interfaces import Batch, ModelConfig, Objective, Row, SequenceDataset, TokenIds, Tokenizer
+from llmkit.models.heads import detach_head, head_of
 from llmkit.models.hf import load_model, save_model
-from llmkit.models.resize import resize_embeddings
+from llmkit.models.resize import make_room
 from llmkit.models.transformers_config import TransformersConfig
-from llmkit.objectives.pairing import flops_per_token, misfit
-from llmkit.settings import EngineConfig
+from llmkit.objectives.pairing import misfit
 from llmkit.tokenizers.grow import add_tokens
 from llmkit.tokenizers.load import load_tokenizer
 from llmkit.tokenizers.report import tokenizer_report
-from llmkit.tracking.logs import log_to
+from llmkit.tokenizers.save import save_tokenizer
 
 log = logging.getLogger("llmkit.training")
 
@@ -69,21 +64,16 @@ def open_datasets(
     prepared: PreparedData, objective: Objective, seq_len: int, old_text: PreparedData | None = None
 ) -> Datasets:
     """Prepared text as the objective reads it."""
-    val = None if prepared.val is None else dataset_for(objective, prepared.val, seq_len)
-    train = tuple(dataset_for(objective, shards, seq_len) for shards in prepared.train)
-    for dataset in train:
-        if counts := counts_of(dataset):
-            log.info("training pairs: %s", counts)
-    old = () if old_text is None else tuple(dataset_for(objective, shards, seq_len) for shards in old_text.train)
-    return Datasets(train, val, old)
 
+    def rows(parts: Sequence[TokenShards], split: str) -> tuple[SequenceDataset, ...]:
+        found = tuple(dataset_for(objective, shards, seq_len, split) for shards in parts)
+        for dataset in found:
+            say_counts(objective, dataset, split)
+        return found
 
-def start_recorder(cfg: PretrainConfig, folder: Path, is_main: bool) -> Recorder:
-    """``train.log``, ``metrics.jsonl`` and the trackers on rank 0; a silent recorder elsewhere."""
-    if not is_main:
-        return Recorder(None)
-    log_to(folder / "train.log")
-    return Recorder(folder / "metrics.jsonl", [build(node) for node in cfg.tracking.values()])
+    train = rows(prepared.train, "training")
+    val = None if prepared.val is None else rows([prepared.val], "validation")[0]
+    return Datasets(train, val, () if old_text is None else rows(old_text.train, "old"))
 
 
 def load_text(cfg: PretrainConfig, *, progress: bool) -> Text:
@@ -124,6 +114,7 @@ def starting_model(cfg: PretrainConfig, text: Text, checkpoint: Checkpoint | Non
         model = load_model(checkpoint.model)
     elif text.init is not None:
         model = opened_model(cfg, text.init)
+        detach_head(model)
         make_room(model, load_tokenizer(text.init).vocab_size, text.tokenizer.vocab_size)
     else:
         model = fresh_model(cfg, text.tokenizer)
@@ -150,14 +141,7 @@ def opened_model(cfg: PretrainConfig, init: Path) -> Any:
         log.info("weights, sizes and tokenizer come from %s, opened by transformers for %s", init, wrapper.task)
         return wrapper.load(init, seed=cfg.run.seed)
     log.info("weights, sizes and tokenizer come from %s; the `model` section is not used", init)
-    return load_model(init, seed=cfg.run.seed)
-
-
-def make_room(model: Any, n_known: int, n_ids: int) -> None:
-    """Embeddings for the ids of a vocabulary that grew; the model was trained with ``n_known`` of them."""
-    rows = model.config.vocab_rows
-    if n_ids > min(n_known, rows):
-        resize_embeddings(model, max(rows, n_ids), known=min(n_known, rows))
+    return open_model(init, seed=cfg.run.seed)
 
 
 def fresh_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Any:
@@ -170,48 +154,21 @@ def fresh_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Any:
     return model
 
 
-def newest_checkpoint(store: CheckpointStore, cfg: PretrainConfig, data_key: str) -> Checkpoint | None:
-    """What ``run.resume`` says to continue from."""
-    checkpoint = store.newest()
-    if checkpoint is None and cfg.run.resume == "must":
-        raise CheckpointError("there is no checkpoint to resume", where=str(store.folder), fix="run.resume=auto")
-    if checkpoint is not None and cfg.run.resume == "never":
-        raise CheckpointError(
-            f"the run already has a checkpoint of step {checkpoint.step}",
-            where=str(store.folder),
-            fix="choose another run.name, or run.resume=auto to go on with it",
-        )
-    if checkpoint is not None and checkpoint.state["data_key"] != data_key:
-        raise DataError(
-            f"the text changed since step {checkpoint.step} was saved: the tokens are not the ones it was trained on",
-            where="data.path",
-            fix="bring the old files back, or train under another run.name with init=<this run>",
-        )
-    return checkpoint
-
-
-def engine_for(engine: EngineConfig, world_size: int, checkpoint: Checkpoint | None) -> EngineConfig:
-    """The engine section with the micro-batches that keep a checkpoint's global batch."""
-    configured = global_batch_size(engine, world_size)
-    saved = configured if checkpoint is None else checkpoint.state["global_batch_size"]
-    if saved == configured:
-        return engine
-    accum = grad_accum_steps_for(saved, engine, world_size)
-    if checkpoint is not None and checkpoint.state["world_size"] == world_size:
-        raise ConfigError(
-            f"the checkpoint was written with {saved} sequences a step, this command asks for {configured}",
-            where="engine.grad_accum_steps",
-            fix=f"engine.grad_accum_steps={accum}",
-        )
-    log.info("engine.grad_accum_steps=%d keeps the checkpoint's %d sequences a step", accum, saved)
-    return replace(engine, grad_accum_steps=accum)
-
-
 def check_trainable(objective: Objective, config: ModelConfig) -> None:
-    """Raise ConfigError when the objective is not one for this model."""
+    """Raise ConfigError when the objective is not one for this model, which is there already."""
     if problem := misfit(objective, config):
-        what, fix = problem
-        raise ConfigError(what, where="objective", fix=fix or "choose another objective, or another model or init")
+        fitting = "|".join(fitting_objectives(config))
+        fixes = [f"objective={fitting} fits the model"] if fitting else []
+        fixes += ["recipe=bert_tiny pretrains a model with a head for pairs"] if objective.reads != "windows" else []
+        raise ConfigError(problem[0], where="objective", fix="; ".join(fixes) or "open another model")
+
+
+def fitting_objectives(config: ModelConfig) -> Iterator[str]:
+    """The objectives in ``recipes/`` that can train a model, by the names of their files."""
+    for path in sorted((recipes_dir() / "objective").glob("*.yaml")):
+        objective: Objective = build(read_yaml(path).tree)
+        if objective.reads != "rows" and misfit(objective, config) is None:
+            yield path.stem
 
 
 def check_symbols(objective: Objective, ids: TokenIds, seq_len: int) -> None:
@@ -221,152 +178,48 @@ def check_symbols(objective: Objective, ids: TokenIds, seq_len: int) -> None:
         raise ConfigError(what, where="tokenizer", fix=fix)
 
 
-def train_batches(
-    cfg: PretrainConfig, datasets: Datasets, engine: EngineConfig, collate: Collate, rank: int, world_size: int
-) -> TrainBatches:
-    """This rank's share of the training rows, in an order that no number of ranks changes."""
-    weights = None if cfg.data.weights is None else tuple(cfg.data.weights)
-    order = SampleOrder(tuple(data.n_sequences for data in datasets.train), weights, cfg.run.seed)
-    check_enough(order.n_samples, global_batch_size(engine, world_size))
-    sizes = engine.micro_batch_size, engine.grad_accum_steps
-    return TrainBatches(datasets.train, order, collate, *sizes, rank, world_size)
-
-
-def eval_sets(
-    cfg: PretrainConfig, datasets: Datasets, collate: Collate, rank: int, world_size: int
-) -> dict[str, EvalSet]:
-    """What is evaluated during training: the held-out text as ``val``, what the model knew before as ``val_old``."""
-    size = cfg.engine.eval_batch_size or cfg.engine.micro_batch_size
-
-    def pass_over(rows: Sequence[SequenceDataset]) -> Iterator[Batch]:
-        return chain.from_iterable(eval_batches(part, collate, size, rank, world_size) for part in rows)
-
-    named = {"val": () if datasets.val is None else (datasets.val,), "val_old": datasets.old}
-    return {
-        name: EvalSet(partial(pass_over, rows), sum(part.n_bytes for part in rows))
-        for name, rows in named.items()
-        if rows
-    }
-
-
-def describe_run(
-    cfg: PretrainConfig, text: Text, folder: Path, model: Any, batch_size: int, n_sequences: int
-) -> RunInfo:
-    """What the trackers, the callbacks and the checkpoints say of this run."""
-    seq_len = cfg.data.window(model.config.max_seq_len)
-    return RunInfo(
-        name=cfg.run.name,
-        folder=folder,
-        command="pretrain",
-        config=asdict(cfg),
-        max_steps=steps_to_run(cfg.engine, batch_size=batch_size, seq_len=seq_len, n_sequences=n_sequences),
-        facts={
-            "n_params": model.config.n_params(),
-            "tokens_per_step": batch_size * seq_len,
-            "n_sequences": n_sequences,
-            "data_key": text.prepared.folder.name,
-            "tokenizer": text.tokenizer.fingerprint,
-        },
-    )
-
-
-def checkpoint_writer(
-    store: CheckpointStore, recorder: Recorder, text: Text, model: Any
-) -> Callable[[Trainer, bool], None]:
-    """The trainer's ``save``: weights as a Hugging Face folder, optimizer, progress; published by one rename."""
-
-    def save(trainer: Trainer, best: bool) -> None:
-        if not trainer.accelerator.is_main_process:
-            return
-        state = trainer.state() | {
-            "metrics_offset": recorder.secured_offset(),
-            "metrics": recorder.latest,
-            "data_key": text.prepared.folder.name,
-        }
-
-        def write_model(folder: Path) -> None:
-            ids = text.tokenizer
-            save_model(model, folder, bos_id=ids.bos_id, eos_id=ids.eos_id, pad_id=ids.pad_id)
-            ids.save(folder)
-
-        store.save(
-            trainer.progress.step,
-            state=state,
-            tensors=trainer.optimizer_tensors(),
-            write_model=write_model,
-            best=best,
-        )
-
-    return save
-
-
-def build_optimizer(node: Mapping[str, Any], model: Any) -> Optimizer:
-    """The ``optim`` node: an llmkit optimizer, or any of ``torch.optim`` with the same two parameter groups."""
-    spare_compiler_import()
-    if node["_target_"].startswith("torch.optim."):
-        groups = decay_groups(model.parameters(), node.get("weight_decay", 0.0))
-        optimizer: Optimizer = build(node, params=groups)
-        return optimizer
-    return build(node).build(model)  # type: ignore[no-any-return]
-
-
 def make_trainer(
-    cfg: PretrainConfig, text: Text, folder: Path, recorder: Recorder, stop_requested: Callable[[], bool]
+    cfg: PretrainConfig,
+    folder: Path,
+    recorder: Recorder,
+    is_main: bool,
+    stop_requested: Callable[[], bool],
 ) -> Trainer:
-    """Everything from the newest checkpoint to a trainer whose ``fit`` can be called."""
-    data_key = text.prepared.folder.name
-    store = CheckpointStore(
-        folder / "checkpoints",
-        keep_last=cfg.engine.keep_last,
-        keep_best=cfg.engine.keep_best,
-        facts={"run": cfg.run.name, "config_hash": config_hash(asdict(cfg))},
-    )
-    checkpoint = newest_checkpoint(store, cfg, data_key)
-    model = starting_model(cfg, text, checkpoint)
-    n_kept = cfg.engine.keep_last + cfg.engine.keep_best + 1  # one more while the newest is being written
-    store.check_space(n_kept * 3 * 4 * model.config.n_params())  # fp32 weights and two moments
-    accelerator = make_accelerator(cfg.engine)
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    engine = engine_for(cfg.engine, world_size, checkpoint)
+    """Everything from raw text to a trainer whose ``fit`` can be called."""
+    text = load_text(cfg, progress=is_main)
+    start = find_start(cfg, folder, text.prepared.folder.name)
+    model = starting_model(cfg, text, start.checkpoint)
     objective: Objective = build(cfg.objective)
     check_trainable(objective, model.config)
-    seq_len, ids = cfg.data.window(model.config.max_seq_len), text.tokenizer.token_ids()
-    check_symbols(objective, ids, seq_len)
+    seq_len = cfg.data.window(model.config.max_seq_len)
+    check_symbols(objective, text.tokenizer.token_ids(), seq_len)
     datasets = open_datasets(text.prepared, objective, seq_len, text.old)
-    collate = partial(objective.collate, seq_len=seq_len, ids=ids)
-    batches = train_batches(cfg, datasets, engine, collate, rank, world_size)
-    batch_size = global_batch_size(engine, world_size)
-    run = describe_run(cfg, text, folder, model, batch_size, batches.order.n_samples)
-    trainer = Trainer(
-        accelerator=accelerator,
-        module=TrainModule(model, objective).to(accelerator.device),
-        optimizer=build_optimizer(cfg.optim, model),
-        schedule=build(cfg.schedule),
-        engine=engine,
-        seed=cfg.run.seed,
-        global_batch_size=batch_size,
-        load_step=batches.step,
-        eval_sets=eval_sets(cfg, datasets, collate, rank, world_size),
+    named = {"val": () if datasets.val is None else (datasets.val,), "val_old": datasets.old}
+    work = Work(
+        command="pretrain",
+        model=model,
+        objective=objective,
+        tokenizer=text.tokenizer,
+        seq_len=seq_len,
+        tokens_per_row=seq_len,
+        train=datasets.train,
+        weights=None if cfg.data.weights is None else tuple(cfg.data.weights),
+        eval_rows={name: rows for name, rows in named.items() if rows},
+        scorer=None,
+        usual_metric="loss",
         evaluate_first=text.init is not None,
-        record=recorder,
-        save=checkpoint_writer(store, recorder, text, model),
-        stop_requested=stop_requested,
-        callbacks=[build(node, tokenizer=text.tokenizer) for node in cfg.callbacks.values()],
-        run=run,
-        meter=Meter(
-            objective.metrics,
-            flops_per_token(objective, model.config, seq_len),
-            peak_flops(device_name(accelerator.device), engine.precision),
-            world_size,
-            accelerator.device.type,
-        ),
+        facts={},
+        save_model=partial(write_model, model, text.tokenizer),
     )
-    if checkpoint is None:
-        recorder.rewind({}, offset=0)
-    else:
-        trainer.restore(checkpoint.state, checkpoint.tensors())
-        recorder.rewind(checkpoint.state["metrics"], offset=checkpoint.state["metrics_offset"])
-        done = "is complete: nothing to do" if checkpoint.step >= run.max_steps else "goes on"
-        log.info("%s %s after step %d", cfg.run.name, done, checkpoint.step)
-    recorder.start(run)
-    return trainer
+    return assemble(cfg, work, start, folder, recorder, stop_requested)
+
+
+def write_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
+    """The model as a Hugging Face folder, and its tokenizer."""
+    save_model(model, folder, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    save_tokenizer(tokenizer, folder, row_kind(model))
+
+
+def row_kind(model: Any) -> str:
+    """The kind of model whose rows a tokenizer has to give; a head reads whole rows, their end included."""
+    return "encoder" if head_of(model) is not None else str(model.config.kind)

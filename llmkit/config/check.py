@@ -9,11 +9,13 @@ from __future__ import annotations
 import typing
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from llmkit.config import rules
 from llmkit.config.build import TARGET, is_node
-from llmkit.config.compose import Composed, leaves
+from llmkit.config.choices import recipes_of
+from llmkit.config.compose import Composed, leaves, recipes_dir
 from llmkit.config.interpolate import BROKEN
 from llmkit.config.overrides import COMMAND_LINE
 from llmkit.config.schema import CHECKED_AS, ROOTS, Node
@@ -90,7 +92,7 @@ class _Checker:
             return BROKEN
         if hint == NODES:
             return self.nodes(path, raw)
-        if hint == Node | None and raw in (None, MISSING):  # a group of which no option was chosen
+        if hint == Node | None and raw in (None, MISSING, {}):  # a group of which no option, or `none`, was chosen
             return None
         if hint in (Node, Node | None):
             return self.node(path, raw)
@@ -113,10 +115,29 @@ class _Checker:
         return value
 
     def refuse_unknown(self, prefix: str, raw: Mapping[str, Any], known: list[str]) -> None:
-        for key in (key for key in raw if key not in known):
-            for path in self.spelt(f"{prefix}{key}", raw[key]):
+        unknown = [path for key in raw if key not in known for path in self.spelt(f"{prefix}{key}", raw[key])]
+        strangers = [path for path in unknown if self.is_of_another_option(path)]
+        if strangers:
+            self.report_other_recipe(prefix.partition(".")[0], strangers)
+        for path in unknown:
+            if path not in strangers:
                 guess = did_you_mean(nearest_key(path, known_keys(self.composed)))
                 self.report(path, "unknown key", guess or self.left_over(prefix, path) or _list_keys(prefix, known))
+
+    def is_of_another_option(self, path: str) -> bool:
+        """Whether a recipe wrote the key for the option that it chooses, and the command line chose another."""
+        group, file = path.partition(".")[0], Path(self.composed.origin(path).rpartition(":")[0])
+        recipe = self.composed.chosen.get("recipe", "")
+        is_recipes = file.parent.name == "recipe" or (file.name == Path(recipe).name and bool(recipe))
+        return group in self.composed.chosen and group in self.composed.from_command_line and is_recipes
+
+    def report_other_recipe(self, group: str, keys: list[str]) -> None:
+        """One problem for all keys that the recipe has and the chosen option has not."""
+        option, recipe = self.composed.chosen[group], self.composed.chosen["recipe"]
+        fits = "|".join(recipes_of(self.composed.command, group, option))
+        fix = f"use a recipe of {group}={option}, recipe={fits}, or" if fits else "write a recipe of your own, or"
+        what = f"{group}={option} has no {', '.join(keys)}, which recipe={recipe} sets"
+        self.report(group, what, f"{fix} leave {group}={option} out")
 
     def left_over(self, prefix: str, path: str) -> str:
         """How to mend a key of the class that stood here before another ``_target_`` was written over it."""
@@ -160,6 +181,10 @@ class _Checker:
 
     def report_no_target(self, path: str, raw: Any) -> None:
         section, _, name = path.rpartition(".")
+        if not section and raw in (None, MISSING):
+            options = "|".join(sorted(file.stem for file in (recipes_dir() / path).glob("*.yaml")))
+            self.report(path, "one must be chosen", f"{path}={options}")
+            return
         if not section:
             self.report(path, f"needs a {TARGET} that names its class, is {_shown(raw)}")
             return

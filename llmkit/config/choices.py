@@ -27,6 +27,21 @@ def recipes_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "recipes"
 
 
+def recipes_of(command: str, group: str, option: str) -> Iterator[str]:
+    """The packaged recipes of a command that choose ``option`` of ``group``, or leave it where it is the usual one."""
+
+    def chosen(path: Path) -> str | None:
+        choices: dict[str, str | None] = {}
+        for entry in read_yaml(path).tree.get("defaults", []):
+            choices |= entry if isinstance(entry, dict) else {}
+        return choices.get(f"override /{group}", choices.get(group))
+
+    usual = chosen(recipes_dir() / f"{command}.yaml")
+    for path in sorted((recipes_dir() / "recipe").glob("*.yaml")):
+        if (chosen(path) or usual) == option:
+            yield path.stem
+
+
 def config_folders(config_dir: Path | None) -> list[Path]:
     """Where groups and roots are looked for, the user's folder first."""
     if config_dir is None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from llmkit.config.choices import recipes_dir
+from llmkit.config.choices import recipes_dir, recipes_of
 from llmkit.config.compose import Composed
 from llmkit.config.resume import resume_problems
 from llmkit.config.targets import resolve
@@ -145,7 +145,29 @@ def trainable(view: View) -> Iterator[Problem]:
         what, fix = problem
         fits = "|".join(name for name, cls in targets_in("objective") if model.kind in cls.trains)
         models = "|".join(name for name, cls in targets_in("model") if cls.kind in objective.trains)
-        yield view.problem("objective", what, fix or f"objective={fits}, or model={models}")
+        yield view.problem("objective", what, other_recipe(view) + (fix or f"objective={fits}, or model={models}"))
+
+
+def other_recipe(view: View) -> str:
+    """The recipes that are made for a model which was put in place of the recipe's own."""
+    model = view.composed.chosen.get("model")
+    if model is None or "model" not in view.composed.from_command_line or "recipe" not in view.composed.chosen:
+        return ""
+    fits = "|".join(recipes_of(view.composed.command, "model", model))
+    return f"recipe={fits} is made for model={model}; else " if fits else ""
+
+
+def pair_rows(view: View) -> Iterator[Problem]:
+    """Rows that hold no pair would be found out only after the text was tokenised."""
+    seq_len = view["data.seq_len"]
+    if seq_len is None and view["init"] is None:
+        seq_len = view["model.max_seq_len"]
+    if view.objects["objective"].reads in ("pairs", "ordered_pairs") and seq_len is not None:
+        from llmkit.data.pair_layout import MIN_SEQ_LEN
+
+        if seq_len < MIN_SEQ_LEN:
+            what = f"rows of {seq_len} tokens are too short for pairs of sentences"
+            yield view.problem("data.seq_len", what, f"set data.seq_len to at least {MIN_SEQ_LEN}")
 
 
 def symbols(view: View) -> Iterator[Problem]:
@@ -231,6 +253,7 @@ RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
     context,
     vocabulary,
     trainable,
+    pair_rows,
     symbols,
     architecture,
     weights,

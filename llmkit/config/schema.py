@@ -10,7 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from llmkit.settings import CardConfig, DataConfig, DeviceConfig, EngineConfig, GenerationConfig, Range, RunConfig
+from llmkit.settings import (
+    CardConfig,
+    DataConfig,
+    DeviceConfig,
+    EngineConfig,
+    FreezeConfig,
+    GenerationConfig,
+    LossConfig,
+    Range,
+    RunConfig,
+    TaskDataConfig,
+)
 
 Node = Mapping[str, Any]  # a ``_target_`` node, checked against the class it names
 
@@ -31,6 +42,73 @@ class PretrainConfig:
     engine: EngineConfig
     callbacks: Mapping[str, Node]
     tracking: Mapping[str, Node]
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """``llmkit finetune``"""
+
+    run: RunConfig
+    init: str | None
+    add_tokens: list[str]
+    task: Node
+    data: TaskDataConfig
+    model: Node | None  # None: where init is null too, a small one of the kind the task is usually done with
+    tokenizer: Node | None  # None: as model
+    adapter: Node | None
+    freeze: FreezeConfig
+    loss: LossConfig
+    generation: GenerationConfig
+    optim: Node
+    schedule: Node
+    engine: EngineConfig
+    callbacks: Mapping[str, Node]
+    tracking: Mapping[str, Node]
+
+
+@dataclass(frozen=True)
+class EvaluateTaskConfig:
+    """``llmkit evaluate task=...``"""
+
+    init: str
+    task: Node
+    data: TaskDataConfig
+    generation: GenerationConfig
+    n_examples: Annotated[int, Range(0)]
+    engine: DeviceConfig
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """``llmkit predict``"""
+
+    init: str
+    task: Node | None  # None: the one the model was fine-tuned for
+    data: TaskDataConfig
+    generation: GenerationConfig
+    engine: DeviceConfig
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """``llmkit chat``"""
+
+    init: str
+    system: str | None
+    generation: GenerationConfig
+    engine: DeviceConfig
+
+
+@dataclass(frozen=True)
+class ShowConfig:
+    """``llmkit data show``"""
+
+    init: str | None
+    model: Node | None
+    tokenizer: Node | None
+    task: Node
+    data: TaskDataConfig
+    n_rows: Annotated[int, Range(1)]
 
 
 @dataclass(frozen=True)
@@ -82,6 +160,11 @@ ROOTS: dict[str, type] = {
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
     "export": ExportConfig,
+    "finetune": FinetuneConfig,
+    "evaluate_task": EvaluateTaskConfig,
+    "predict": PredictConfig,
+    "chat": ChatConfig,
+    "data_show": ShowConfig,
 }
 
 # The sections a command's configuration is checked against. ``prepare`` takes whatever the ``pretrain`` command that it

@@ -31,7 +31,7 @@ from llmkit.data.passes import (
 from llmkit.data.progress import Meter
 from llmkit.data.readers.base import Chunk, chunks_of, fingerprint
 from llmkit.data.report import SourceReport, check_source, warnings_of
-from llmkit.data.split import ValRule, belongs_to_val, choose_rule, n_shared, repeated, wanted_bound
+from llmkit.data.split import ValRule, belongs_to_val, choose_rule, n_shared, repeated, text_keys, wanted_bound
 from llmkit.data.token_shards import Vocabulary
 from llmkit.data.workers import Workers, n_cores
 from llmkit.errors import DataError
@@ -88,7 +88,9 @@ class Piece:
     source: int
     start: int = 0
     stop: int = 0
+    n_texts: int = 0  # that begin here
     sample: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # places in the array
+    goes_on: bool = False  # its first document is a later section of a text in the piece before
     ends_cut: bool = False  # its last document goes on in the next piece
 
 
@@ -105,8 +107,10 @@ class Build:
         self.reports = [SourceReport(s.label, len(s.paths), s.n_ignored) for s in sources]
         self.has_val_path = sources[-1].is_val
         self.rule: ValRule = 0 if self.has_val_path else wanted_bound(data.val_fraction)
+        self.whole_texts = sentences  # pairs of one text on both sides would be known by heart
         self.windows = ValidationWindows()
         self.keep: NDArray[np.bool_] | None = None
+        self.keys: NDArray[np.uint64] = np.empty(0, np.uint64)  # what decides the side of each document, once known
 
     def run(self, *, show_progress: bool) -> None:
         """Fill the folder."""
@@ -115,7 +119,7 @@ class Build:
         n_workers = max(1, min(self.data.n_workers or n_cores(), len(self.pieces)))
         with Workers(n_workers) as workers, Meter(show_progress) as meter:
             self._scan(workers, meter)
-            self._decide()
+            self._decide(workers)
             tokenizer = self.maker.make(self._sample(is_val=False), self.folder / "tokenizer")
             tokens = self._encode(workers, meter, tokenizer)
             peak = workers.peak_memory_bytes()
@@ -140,11 +144,21 @@ class Build:
         meter.start("reading", len(self.pieces))
         paths: list[set[str]] = [set() for _ in self.sources]  # of files with documents
         n_documents = 0
-        with (self.work / "hashes").open("wb") as hashes, (self.work / "lengths").open("wb") as lengths:
+        before, key = Piece(Chunk("", 0, 0, ""), 0), np.uint64(0)
+        with (
+            (self.work / "hashes").open("wb") as hashes,
+            (self.work / "keys").open("wb") as keys,
+            (self.work / "lengths").open("wb") as lengths,
+        ):
             for piece, scan in zip(self.pieces, workers.map(scan_chunk, self._scan_tasks()), strict=True):
                 piece.start, n_documents = n_documents, n_documents + scan.hashes.size
                 piece.stop, piece.sample = n_documents, scan.sample + piece.start
-                piece.ends_cut = scan.ends_cut
+                piece.goes_on = before.ends_cut and before.chunk.path == piece.chunk.path
+                piece.ends_cut = bool(scan.cut[-1]) if scan.cut.size else piece.goes_on
+                piece.n_texts = scan.hashes.size - int(scan.cut[:-1].sum()) - (piece.goes_on and scan.cut.size > 0)
+                found = text_keys(scan.hashes, scan.cut, key if piece.goes_on else None)
+                before, key = piece, found[-1] if found.size else key
+                keys.write(found.tobytes())
                 hashes.write(scan.hashes.tobytes())
                 lengths.write(scan.lengths.tobytes())
                 self.windows.merge(scan.windows)
@@ -155,6 +169,7 @@ class Build:
             report.set_files_without_documents([name for name in source.paths if name not in with_documents])
             check_source(report, self.data, source.paths)
         self.hashes = np.memmap(self.work / "hashes", np.uint64, "r")
+        self.keys = np.memmap(self.work / "keys", np.uint64, "r") if self.whole_texts else self.hashes
         self.lengths = np.memmap(self.work / "lengths", np.uint64, "r")
 
     def _scan_tasks(self) -> Iterator[ScanTask]:
@@ -165,6 +180,8 @@ class Build:
                 piece.chunk,
                 self.data,
                 self._rule_for(piece),
+                self.whole_texts,
+                self.keys[piece.start] if self.keys.size > piece.start and piece.goes_on else None,
                 self.maker.sample_bytes / train_bytes,
                 _VAL_SAMPLE_BYTES / val_bytes,
                 self._sample_path(number),
@@ -178,7 +195,7 @@ class Build:
 
     # Decisions
 
-    def _decide(self) -> None:
+    def _decide(self, workers: Workers) -> None:
         """Which documents are repeated, which are kept, and which are validation data."""
         n_train = max(piece.stop for piece in self.pieces if not self._is_val(piece))
         train = self.hashes[:n_train]
@@ -190,18 +207,41 @@ class Build:
         if self.data.deduplicate:
             self.keep = np.concatenate([~again, np.ones(self.hashes.size - n_train, bool)])
         if not self.has_val_path:
-            rule = choose_rule(train, self.lengths[:n_train], self.data.val_fraction)
-            if not isinstance(rule, int) or rule != self.rule:
-                self._change_rule(rule)
+            self._split(workers, n_train)
 
-    def _change_rule(self, rule: ValRule) -> None:
-        """For a small corpus: reads windows and sample of the documents that now became validation data."""
-        self.rule, self.windows = rule, ValidationWindows()
-        for piece, task in zip(self.pieces, self._scan_tasks(), strict=True):
-            if belongs_to_val(self.hashes[piece.start : piece.stop], rule).any():
-                scan = scan_chunk(task)
-                piece.sample = scan.sample + piece.start
-                self.windows.merge(scan.windows)
+    def _split(self, workers: Workers, n_train: int) -> None:
+        """Settle the rule. Where the scan went by another, what depends on it is read again.
+
+        A corpus that is a single text can only be split between its sections.
+        """
+        guess = (self.rule, self.whole_texts)
+        if self.whole_texts and self.keys[:n_train].min() == self.keys[:n_train].max():
+            self.whole_texts, self.keys = False, self.hashes
+        n_texts = sum(piece.n_texts for piece in self.pieces if not self._is_val(piece)) if self.whole_texts else None
+        rule = choose_rule(self.keys[:n_train], self.lengths[:n_train], self.data.val_fraction, n_texts)
+        changed = not isinstance(rule, int) or (rule, self.whole_texts) != guess
+        self.rule = rule
+        if changed or any(self._misjudged(piece) for piece in self.pieces):
+            self._scan_again(workers)
+
+    def _misjudged(self, piece: Piece) -> bool:
+        """Whether the scan, which did not know the text that a piece goes on with, put it on the wrong side."""
+        first = slice(piece.start, min(piece.start + 1, piece.stop))
+        is_val, guess = (belongs_to_val(hashes[first], self.rule).any() for hashes in (self.keys, self.hashes))
+        return bool(self.whole_texts and piece.goes_on and is_val != guess)
+
+    def _scan_again(self, workers: Workers) -> None:
+        """Windows and sample of the pieces that hold validation documents."""
+        self.windows = ValidationWindows()
+        pairs = [(p, task) for p, task in zip(self.pieces, self._scan_tasks(), strict=True) if self._side(p).any()]
+        scans = workers.map(scan_chunk, (task for _, task in pairs))
+        for (piece, _), scan in zip(pairs, scans, strict=True):
+            piece.sample = scan.sample + piece.start
+            self.windows.merge(scan.windows)
+
+    def _side(self, piece: Piece) -> NDArray[np.bool_]:
+        """Which documents of a piece are validation data."""
+        return belongs_to_val(self.keys[piece.start : piece.stop], self._rule_for(piece))
 
     def _rule_for(self, piece: Piece) -> ValRule:
         return None if self._is_val(piece) else self.rule
@@ -209,7 +249,7 @@ class Build:
     def _sample(self, *, is_val: bool) -> Iterator[str]:
         """The sampled documents of one side, repeated ones left out where they are dropped."""
         for number, piece in enumerate(self.pieces):
-            wanted = belongs_to_val(self.hashes[piece.sample], self._rule_for(piece)) == is_val
+            wanted = belongs_to_val(self.keys[piece.sample], self._rule_for(piece)) == is_val
             if self.keep is not None:
                 wanted &= self.keep[piece.sample]
             for use, document in zip(wanted, documents_in(self._sample_path(number)), strict=True):
@@ -240,7 +280,7 @@ class Build:
                 piece.chunk,
                 self._sample_path(number) if piece.sample.size == piece.stop - piece.start else None,
                 self.data,
-                self._rule_for(piece),
+                np.packbits(self._side(piece)).tobytes(),
                 None if self.keep is None else np.packbits(self.keep[here]).tobytes(),
                 digest_of(self.hashes[here]),
                 self.maker.load,
@@ -250,13 +290,8 @@ class Build:
                 self.folder / f"train-{piece.source:02d}-{number:06d}.bin",
                 self.folder / f"val-{number:06d}.bin",
                 self.sentences,
-                self._goes_on(number),
+                piece.goes_on,
             )
-
-    def _goes_on(self, number: int) -> bool:
-        """Whether a piece begins inside a document of the piece before."""
-        before, piece = self.pieces[max(0, number - 1)], self.pieces[number]
-        return number > 0 and before.ends_cut and before.chunk.path == piece.chunk.path
 
     # Results
 
@@ -287,6 +322,10 @@ class Build:
         n_near, n_checked = self.windows.near_duplicates(self.seen)
         n_train = max(piece.stop for piece in self.pieces if not self._is_val(piece))
         n_exact = n_shared(self.hashes[n_train:], self.hashes[:n_train])
+        if self.whole_texts and not self.has_val_path:  # a section may be one of another text as well
+            kept = np.ones(n_train, bool) if self.keep is None else self.keep
+            is_val = belongs_to_val(self.keys, self.rule)
+            n_exact = n_shared(self.hashes[is_val & kept], self.hashes, kept & ~is_val)
         return {"n_exact": n_exact, "n_near": n_near, "n_checked": n_checked}
 
     def _tokenizer_report(self, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -298,7 +337,7 @@ class Build:
 
     def _finish(self, tokenizer: Tokenizer, report: dict[str, Any]) -> None:
         """Report and manifest; nothing temporary stays."""
-        del self.hashes, self.lengths
+        del self.hashes, self.keys, self.lengths
         shutil.rmtree(self.work)
         write_json(self.folder / "report.json", report)
         n_sources = sum(not source.is_val for source in self.sources)

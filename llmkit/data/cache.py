@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from llmkit.data.readers.base import BUILTIN_PREFIX
 from llmkit.errors import CheckpointError, DataError
 
 log = logging.getLogger("llmkit.data")
@@ -226,7 +227,10 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 def _change(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     section, *path = key.split("\n")
     if section == "files":
-        return f"{path[-1]} {'is new' if key not in old else 'is gone' if key not in new else 'changed'}"
+        unread = (
+            "is not named this time" if path[-1].startswith(BUILTIN_PREFIX) or Path(path[-1]).exists() else "is gone"
+        )
+        return f"{path[-1]} {'is new' if key not in old else unread if key not in new else 'changed'}"
     return f"{'.'.join([section, *path])} {old.get(key)} -> {new.get(key)}"
 
 

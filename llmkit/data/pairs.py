@@ -47,15 +47,16 @@ class SentencePairDataset:
     a sentence where wrong pairs need other documents.
     """
 
-    def __init__(self, shards: TokenShards, seq_len: int, *, order: bool) -> None:
-        """``order``: wrong pairs are in the wrong order; otherwise they are of different documents.
+    def __init__(self, shards: TokenShards, seq_len: int, *, order: bool, split: str = "") -> None:
+        """``order``: wrong pairs are in the wrong order; otherwise they are of different documents. ``split`` is the
+        name of the text in errors.
 
         Raises DataError when no pair can be made, ConfigError for a ``seq_len`` that is too short.
         """
-        self.shards, self.order = shards, order
+        self.shards, self.order, self.seq_len = shards, order, seq_len
         self.layout = lay_out(shards, seq_len, whole_sentences=order)
         if not self.layout.n_rows:
-            raise _no_pairs(shards, order=order)
+            raise _no_pairs(shards, split, order=order)
         chunk, length = _splits(shards, self.layout)
         self._n_with_split = np.unique(chunk).size
         self._text_C = self.layout.text_N[self.layout.document_C]
@@ -71,7 +72,7 @@ class SentencePairDataset:
         self._number_C = np.cumsum(self._n_splits_C > 0) - 1
         self.n_pairs = int(self._number_C[-1]) + 1 if chunk.size else 0
         if not self.n_pairs:
-            raise _no_pairs(shards, order=order)
+            raise _no_pairs(shards, split, order=order)
 
     @property
     def n_sequences(self) -> int:
@@ -87,15 +88,20 @@ class SentencePairDataset:
         return self.shards.n_bytes
 
     def counts(self) -> dict[str, int]:
-        """What the rows hold: pairs with a label, pairs for which no other document has a match, chunks in which no
-        second sentence begins, and sentences that go on in the next row."""
+        """What the rows hold: rows with a pair that has a label, such pairs, pairs for which no other document has a
+        match, chunks in which no second sentence begins, and sentences that go on in the next row."""
         return {
             "n_rows": self.n_sequences,
+            "n_rows_with_pair": int(np.unique(self._row_of(np.flatnonzero(self._n_splits_C))).size),
             "n_pairs": self.n_pairs,
             "n_without_match": self._n_with_split - self.n_pairs,
             "n_without_split": self.layout.start_C.size - self._n_with_split,
             "n_cut_sentences": self.layout.n_cut,
         }
+
+    def _row_of(self, chunk: Ids) -> Ids:
+        """The rows that chunks stand in."""
+        return np.searchsorted(self.layout.first_R, chunk, side="right") - 1
 
     def row(self, index: int, seed: tuple[int, ...], position: int | None) -> Row:
         """Row ``index``. The last item of ``seed`` is the row's own; what comes before it names the epoch."""
@@ -214,12 +220,15 @@ def _hash(ids: Ids) -> int:
     return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest())
 
 
-def _no_pairs(shards: TokenShards, *, order: bool) -> DataError:
+def _no_pairs(shards: TokenShards, split: str, *, order: bool) -> DataError:
     where = str(shards.paths[0].parent) if shards.paths else "data.path"
+    text = f"the {split} text" if split else "the text"
+    other = "raise data.val_fraction or set data.val_path" if split == "validation" else "give more text"
     if order:
-        return DataError("no row holds two sentences of one document", where=where, fix="give running text")
+        what = f"in {text} no row holds two sentences of one document"
+        return DataError(what, where=where, fix=f"give running text, or raise data.seq_len; else {other}")
     return DataError(
-        "no pair of sentences can be made: wrong pairs take their second part from another document",
+        f"of {text} no pair of sentences can be made: wrong pairs take their second part from another document",
         where=where,
-        fix="give more documents of several sentences; for validation, raise data.val_fraction or set data.val_path",
+        fix=f"{other}: it takes several documents of several sentences each",
     )

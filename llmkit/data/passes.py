@@ -21,7 +21,7 @@ from llmkit.data.leaks import ValidationWindows, WindowIndex
 from llmkit.data.readers.base import BadRow, Chunk, Document, read_chunk
 from llmkit.data.sentence_files import Sentences
 from llmkit.data.sentences import encode_with_sentences
-from llmkit.data.split import ValRule, belongs_to_val
+from llmkit.data.split import ValRule, belongs_to_val, text_keys
 from llmkit.data.token_shards import ShardWriter, Vocabulary
 from llmkit.errors import DataError
 
@@ -79,9 +79,14 @@ def rows_of(chunk: Chunk, data: DataConfig) -> Iterator[Document | BadRow]:
 
 @dataclass(frozen=True)
 class ScanTask:
+    """``whole_texts``: all sections of a text belong to the side of its first one; ``text_key`` is its hash where the
+    chunk is known to go on with a text."""
+
     chunk: Chunk
     data: DataConfig
     val_rule: ValRule
+    whole_texts: bool
+    text_key: np.uint64 | None
     train_sample: float  # about what fraction of the training documents goes into the sample file
     val_sample: float
     sample_path: Path
@@ -97,8 +102,11 @@ class ChunkScan:
     windows: ValidationWindows
     bad: Counter[str] = field(default_factory=Counter)
     bad_examples: list[BadRow] = field(default_factory=list)
-    n_cut: int = 0
-    ends_cut: bool = False  # the last document goes on in the next chunk
+    cut: NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))  # goes on in the next document
+
+    @property
+    def n_cut(self) -> int:
+        return int(self.cut.sum())
 
     def add_bad(self, row: BadRow) -> None:
         self.bad[row.reason] += 1
@@ -110,11 +118,15 @@ def scan_chunk(task: ScanTask) -> ChunkScan:
     """First pass over one chunk."""
     nothing = np.empty(0, np.uint64)
     scan = ChunkScan(nothing, nothing, np.empty(0, np.int64), ValidationWindows())
-    hashes, lengths, sampled, n_seen = [scan.hashes], [scan.lengths], [scan.sample], 0
+    hashes, lengths, sampled, cut, n_seen = [scan.hashes], [scan.lengths], [scan.sample], [scan.cut], 0
+    text_key = task.text_key
     with task.sample_path.open("wb") as file:
         for batch in batches(rows_of(task.chunk, task.data), scan.add_bad):
             hashes.append(batch.hashes())
-            is_val = belongs_to_val(hashes[-1], task.val_rule)
+            cut.append(np.array(batch.cut))
+            keys = text_keys(hashes[-1], cut[-1], text_key) if task.whole_texts else hashes[-1]
+            text_key = keys[-1] if cut[-1][-1] else None
+            is_val = belongs_to_val(keys, task.val_rule)
             scan.windows.add([batch.raw[place] for place in np.flatnonzero(is_val)])
             chosen = in_sample(hashes[-1], np.where(is_val, task.val_sample, task.train_sample))
             chosen[0] |= n_seen == 0  # so that no sample is empty
@@ -122,11 +134,9 @@ def scan_chunk(task: ScanTask) -> ChunkScan:
             for place in np.flatnonzero(chosen):
                 file.write(SAMPLE_END * batch.cut[place] + batch.raw[place] + SAMPLE_END)
             lengths.append(np.fromiter(map(len, batch.raw), np.uint64))
-            scan.n_cut += sum(batch.cut)
-            scan.ends_cut = batch.cut[-1]
             n_seen += len(batch.raw)
     scan.hashes, scan.lengths = np.concatenate(hashes), np.concatenate(lengths)
-    scan.sample = np.concatenate(sampled)
+    scan.sample, scan.cut = np.concatenate(sampled), np.concatenate(cut)
     return scan
 
 
@@ -150,7 +160,8 @@ def documents_in(sample_path: Path) -> Iterator[Document]:
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """``keep`` holds one bit a document (None: all); ``digest`` is ``digest_of`` the hashes seen by the scan.
+    """``val`` holds one bit a document, set for those of the validation text, and so does ``keep`` for those that are
+    kept (None: all); ``digest`` is ``digest_of`` the hashes seen by the scan.
 
     ``text_path`` is a sample file that holds every document of the chunk, where there is one: reading a format (above
     all parsing the standard library) costs more than reading plain text.
@@ -159,7 +170,7 @@ class EncodeTask:
     chunk: Chunk
     text_path: Path | None
     data: DataConfig
-    val_rule: ValRule
+    val: bytes
     keep: bytes | None
     digest: str
     load: Callable[[Path], Tokenizer]
@@ -195,9 +206,9 @@ _load_index = lru_cache(maxsize=1)(WindowIndex.load)
 class TextNumbers:
     """Which documents of a split are a later section of the same text as the document before them in that split.
 
-    Sections of one text may fall on different sides, so the document before may be of another text. At the beginning of
-    a chunk that goes on with a text, the document before is taken to be of that text: two texts that count as one only
-    take no wrong segments from each other.
+    Sections of the only text of a corpus fall on different sides, and repeated ones may have been dropped, so the
+    document before may be of another text. At the beginning of a chunk that goes on with a text, the document before is
+    taken to be of that text: two texts that count as one only take no wrong segments from each other.
     """
 
     def __init__(self, goes_on: bool) -> None:
@@ -230,15 +241,14 @@ def encode_chunk(task: EncodeTask) -> ChunkTokens:
     index = _load_index(task.window_index) if task.window_index else None
     hashes, found = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     rows = documents_in(task.text_path) if task.text_path else rows_of(task.chunk, task.data)
-    keep = None if task.keep is None else np.unpackbits(np.frombuffer(task.keep, np.uint8)).astype(bool)
+    val_bits, keep_bits = _unpacked(task.val), None if task.keep is None else _unpacked(task.keep)
     train = ShardWriter(task.train_path, task.vocabulary, sentences=task.sentences)
     val = ShardWriter(task.val_path, task.vocabulary, sentences=task.sentences)
     with train, val:
         n_seen, numbers = 0, TextNumbers(task.goes_on)
         for batch in batches(rows, lambda _: None):
             hashes.append(batch.hashes())
-            kept = _kept(keep, n_seen, hashes[-1].size)
-            is_val = belongs_to_val(hashes[-1], task.val_rule)
+            kept, is_val = (_bits(bits, n_seen, hashes[-1].size) for bits in (keep_bits, val_bits))
             numbers.add(batch.cut)
             for writer, places in ((train, kept & ~is_val), (val, kept & is_val)):
                 _write(writer, tokenizer, batch, np.flatnonzero(places), numbers)
@@ -257,13 +267,17 @@ def encode_chunk(task: EncodeTask) -> ChunkTokens:
     )
 
 
-def _kept(keep: NDArray[np.bool_] | None, start: int, n: int) -> NDArray[np.bool_]:
+def _unpacked(bits: bytes) -> NDArray[np.bool_]:
+    return np.unpackbits(np.frombuffer(bits, np.uint8)).astype(bool)
+
+
+def _bits(bits: NDArray[np.bool_] | None, start: int, n: int) -> NDArray[np.bool_]:
     """The bits of ``n`` documents from ``start``; a changed file may have more documents than bits."""
-    bits = np.ones(n, bool)
-    if keep is not None:
-        known = keep[start : start + n]
-        bits[: known.size] = known
-    return bits
+    found = np.ones(n, bool)
+    if bits is not None:
+        known = bits[start : start + n]
+        found[: known.size] = known
+    return found
 
 
 def _write(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from llmkit.interfaces import Tokenizer
 
-VERSION = 2  # raise when the same text gives other sentences: a part of the key of prepared data
+VERSION = 3  # raise when the same text gives other sentences, or another split: a part of the key of prepared data
 _LONG_LINE = 200  # characters; lines that were broken to fit a page are shorter
 _LOOK_BACK = 16  # characters before a mark that may hold an abbreviation
 

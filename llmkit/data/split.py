@@ -1,6 +1,7 @@
 """Which documents are repeats, and which are validation data: decided from 64-bit hashes of the documents alone.
 
-So the same document always falls on the same side, whatever its file, its place and the number of processes.
+So the same document always falls on the same side, whatever its file, its place and the number of processes. A text
+that was cut into sections can be kept together: then the hash of its first section decides for all of them.
 """
 
 from __future__ import annotations
@@ -35,12 +36,28 @@ def _places_between(hashes: NDArray[np.uint64], low: int, high: int) -> NDArray[
     return np.concatenate(found)
 
 
-def n_shared(val: NDArray[np.uint64], train: NDArray[np.uint64]) -> int:
-    """How many documents of ``val`` also stand in ``train``."""
+def n_shared(val: NDArray[np.uint64], train: NDArray[np.uint64], of_train: NDArray[np.bool_] | None = None) -> int:
+    """How many documents of ``val`` also stand in ``train``, or in those of ``train`` that ``of_train`` marks."""
     seen = np.zeros(val.size, bool)
     for start in range(0, train.size, _BLOCK):
-        seen |= np.isin(val, train[start : start + _BLOCK])
+        block = train[start : start + _BLOCK]
+        seen |= np.isin(val, block if of_train is None else block[of_train[start : start + _BLOCK]])
     return int(seen.sum())
+
+
+def text_keys(
+    hashes: NDArray[np.uint64], cut: NDArray[np.bool_], before: np.uint64 | None = None
+) -> NDArray[np.uint64]:
+    """For every document the hash of the first section of its text, which decides where the text goes.
+
+    ``cut`` marks documents that go on in the next one; ``before`` is the key of a text that the first one goes on with.
+    """
+    begins = np.concatenate([[True], ~cut[:-1]])[: hashes.size]
+    keys = hashes[np.maximum.accumulate(np.where(begins, np.arange(hashes.size), 0))]
+    if before is not None:
+        begins[:1] = False
+        keys[: begins.argmax() if begins.any() else keys.size] = before
+    return keys
 
 
 ValRule = int | NDArray[np.uint64] | None  # hashes below this number; these hashes; every document
@@ -60,8 +77,12 @@ def wanted_bound(val_fraction: float) -> int:
     return int(val_fraction * 2**64)
 
 
-def choose_rule(hashes: NDArray[np.uint64], lengths: NDArray[np.uint64], val_fraction: float) -> ValRule:
+def choose_rule(
+    hashes: NDArray[np.uint64], lengths: NDArray[np.uint64], val_fraction: float, n_texts: int | None = None
+) -> ValRule:
     """The rule for this corpus; ``lengths`` are the documents' bytes. Raises DataError when it cannot be split.
+
+    With ``text_keys`` for hashes, ``n_texts`` says of how many texts the documents are.
 
     A bound on the hash gives about ``val_fraction`` of many documents, but anything of a few: none, or the one that is
     half of the text. Where it is expected to catch fewer than ten documents they are chosen by size.
@@ -76,7 +97,7 @@ def choose_rule(hashes: NDArray[np.uint64], lengths: NDArray[np.uint64], val_fra
             fix="set data.val_path to held-out text, or data.val_fraction=0 to train without, or a smaller "
             "data.max_document_bytes to cut the document into sections",
         )
-    if hashes.size * val_fraction < _FEW:
+    if (n_texts or hashes.size) * val_fraction < _FEW:
         return _few(hashes, lengths, val_fraction)
     return min(max(wanted_bound(val_fraction), low + 1), high)
 

@@ -11,15 +11,21 @@ from torch import nn
 from llmkit.interfaces import Batch, LossSum, Model, Objective
 from llmkit.metrics.language_modelling import bits_per_byte, perplexity
 
+COUNTED = {"token": "n_targets", "pair": "n_pairs", "example": "n_examples"}  # ``Batch.counts`` as metrics call them
 SumOverRanks = Callable[[Sequence[float]], list[float]]
 
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Text to score during training: ``batches`` begins a pass over this rank's share of it."""
+    """Text to score during training: ``batches`` begins a pass over this rank's share of it.
+
+    ``score`` adds the metrics of answers that the model gives on its own, the same on every rank; None from it says
+    that a stop cut it short.
+    """
 
     batches: Callable[[], Iterator[Batch]]
     n_bytes: int
+    score: Callable[[], dict[str, float] | None] | None = None
 
 
 class TrainModule(nn.Module):
@@ -53,7 +59,7 @@ def evaluate(
     was_training = module.training
     module.eval()
     names, rows = module.objective.sum_names, []
-    counts = {"token": 0, "pair": 0}
+    counts = dict.fromkeys(COUNTED, 0)
     cut_short = False
     try:
         for batch in batches:
@@ -66,11 +72,12 @@ def evaluate(
     finally:
         module.train(was_training)
     own = torch.stack(rows).cpu().double().sum(0).tolist() if rows else [0.0] * len(names)
-    *totals, n_tokens, n_pairs, n_cut_short = sum_over_ranks([*own, *counts.values(), cut_short])
+    *totals, n_cut_short = sum_over_ranks([*own, *counts.values(), cut_short])
     if n_cut_short:
         return None
-    counts = {"token": int(n_tokens), "pair": int(n_pairs)}
-    metrics = validation_metrics(module.objective, dict(zip(names, totals, strict=True)), counts, n_bytes)
+    sums = dict(zip(names, totals, strict=False))  # the counts come after the sums
+    counts = {name: int(n) for name, n in zip(counts, totals[len(names) :], strict=True)}
+    metrics = validation_metrics(module.objective, sums, counts, n_bytes)
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
 
 
@@ -83,4 +90,5 @@ def validation_metrics(
         metrics["ppl"] = perplexity(sums["nll"] / counts["token"])
     if objective.scores_all_text and n_bytes:
         metrics["bpb"] = bits_per_byte(sums["nll"], n_bytes)
-    return metrics | {"n_targets": counts["token"]} | ({"n_pairs": counts["pair"]} if counts["pair"] else {})
+    found = {COUNTED[name]: n for name, n in counts.items() if n or name == "token"}
+    return metrics | found

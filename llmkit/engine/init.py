@@ -12,6 +12,7 @@ from llmkit.errors import CheckpointError, ConfigError, LLMKitError, SetupError
 from llmkit.gguf_file import SUFFIX
 from llmkit.models.hf.weight_files import PICKLES
 
+ADAPTER_CONFIG = "adapter_config.json"  # of a folder in the format of peft
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]+)?")
 # Weights, configuration and tokenizer; no pickles, no code, no copies in other frameworks' subfolders.
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
@@ -57,7 +58,7 @@ def _model_in(folder: Path) -> Path:
 
 def _checked(folder: Path) -> Path:
     """``folder`` itself, if a model is in it that can be read without pickle, or the one GGUF file in it."""
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_adapter(folder):
         if len(single := list(folder.glob(f"*{SUFFIX}"))) == 1:
             return single[0]
         inside = sorted(entry.name for entry in folder.iterdir())[:5]
@@ -76,6 +77,11 @@ def _checked(folder: Path) -> Path:
             else "download it again",
         )
     return folder
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether ``folder`` holds an adapter in the format of ``peft``, and not a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def _looks_local(init: str) -> bool:

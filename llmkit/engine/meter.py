@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from llmkit.engine.evaluate import COUNTED
 from llmkit.engine.throughput import mfu, peak_memory_gib, tokens_per_second
 
 
@@ -65,7 +66,7 @@ class Meter:
         row = {f"train/{name}": value for name, value in self.metrics(self.sums, dict(self.counts)).items()}
         row |= {
             "train/objective": self.objective / max(self.n_steps, 1),
-            "train/n_targets": self.counts["token"],
+            **{f"train/{COUNTED[name]}": n for name, n in self.counts.items() if n or name == "token"},
             "perf/tokens_per_second": rate,
             "perf/real_token_fraction": self.n_tokens / max(self.n_computed, 1),
             "perf/step_seconds": self.seconds / max(self.n_steps, 1),

@@ -1,7 +1,8 @@
 """Optimizers: parameter groups, AdamW, Muon with AdamW, and optimizer state as named tensors.
 
-Weight decay acts on matrices alone: norms and biases have fewer than two dimensions. A group remembers its peak
-learning rate as ``peak_lr``; the engine sets ``lr = peak_lr * schedule.factor(step)`` before each update.
+Weight decay acts on matrices alone: norms and biases have fewer than two dimensions. With ``layer_decay`` below 1 there
+is a group for every depth of the model, whose rate is smaller the nearer it is to the embeddings. A group remembers its
+peak learning rate as ``peak_lr``; the engine sets ``lr = peak_lr * schedule.factor(step)`` before each update.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from llmkit.errors import CheckpointError
+from llmkit.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
     NamedParameters = Iterable[tuple[str, nn.Parameter]]
+    Rates = list[tuple[float, list[nn.Parameter]]]  # what the learning rate is multiplied with, and whose it is
 
 
 def decay_groups(parameters: Iterable[Any], weight_decay: float) -> list[dict[str, Any]]:
@@ -29,8 +31,10 @@ def decay_groups(parameters: Iterable[Any], weight_decay: float) -> list[dict[st
     return [group for group in groups if group["params"]]
 
 
-def _rate_problems(lr: float, weight_decay: float) -> list[tuple[str, str]]:
+def _rate_problems(lr: float, weight_decay: float, layer_decay: float) -> list[tuple[str, str]]:
     found = []
+    if not 0 < layer_decay <= 1:
+        found.append(("layer_decay", "must be above 0 and at most 1"))
     if not lr > 0:
         found.append(("lr", "must be above 0"))
     if not weight_decay >= 0:
@@ -51,16 +55,19 @@ class AdamW:
     betas: list[float]
     eps: float
     weight_decay: float
+    layer_decay: float  # the rate of each layer is that of the layer above it times this; 1 is one rate for all
 
     def build(self, model: nn.Module) -> Optimizer:
-        return _adamw(model.parameters(), self.lr, self.betas, self.eps, self.weight_decay)
+        parts = rates(model, model.parameters(), self.layer_decay)
+        _check_any(parts)
+        return _adamw(parts, self.lr, self.betas, self.eps, self.weight_decay)
 
     def state_bytes(self, n_hidden: int, n_other: int) -> int:
         """Two fp32 moments a parameter."""
         return 8 * (n_hidden + n_other)
 
     def problems(self) -> list[tuple[str, str]]:
-        return _rate_problems(self.lr, self.weight_decay) + _beta_problems(self.betas, "betas")
+        return _rate_problems(self.lr, self.weight_decay, self.layer_decay) + _beta_problems(self.betas, "betas")
 
 
 @dataclass(frozen=True)
@@ -77,21 +84,28 @@ class Muon:
     adamw_lr: float
     adamw_betas: list[float]
     adamw_eps: float
+    layer_decay: float  # as in AdamW, for the rates of both parts
 
     def build(self, model: nn.Module) -> Optimizer:
         from llmkit.engine.muon import MuonOptimizer
 
-        hidden, rest = split_hidden_matrices(model)
-        muon = MuonOptimizer(hidden, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
-        adamw = _adamw(rest, self.adamw_lr, self.adamw_betas, self.adamw_eps, self.weight_decay)
-        return combine(muon, adamw)
+        hidden, rest = (rates(model, part, self.layer_decay) for part in split_hidden_matrices(model))
+        _check_any([*hidden, *rest])
+        optimizers: list[Optimizer] = []
+        if hidden:
+            groups: list[Any] = [{"params": part, "lr": self.lr * scale} for scale, part in hidden]
+            optimizers.append(MuonOptimizer(groups, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay))
+        if rest:
+            optimizers.append(_adamw(rest, self.adamw_lr, self.adamw_betas, self.adamw_eps, self.weight_decay))
+        return combine(*optimizers)
 
     def state_bytes(self, n_hidden: int, n_other: int) -> int:
         """One fp32 momentum a hidden parameter, two moments for the others."""
         return 4 * n_hidden + 8 * n_other
 
     def problems(self) -> list[tuple[str, str]]:
-        found = _rate_problems(self.lr, self.weight_decay) + _beta_problems(self.adamw_betas, "adamw_betas")
+        found = _rate_problems(self.lr, self.weight_decay, self.layer_decay)
+        found += _beta_problems(self.adamw_betas, "adamw_betas")
         if not 0 <= self.momentum < 1:
             found.append(("momentum", "must lie in [0, 1)"))
         return found
@@ -112,21 +126,38 @@ def spare_compiler_import() -> None:
             method.__dict__.setdefault("__dynamo_disable", method)
 
 
-def _adamw(
-    parameters: Iterable[nn.Parameter], lr: float, betas: list[float], eps: float, weight_decay: float
-) -> Optimizer:
+def rates(model: nn.Module, parameters: Iterable[nn.Parameter], layer_decay: float) -> Rates:
+    """The trained ones of ``parameters`` by what their learning rate is multiplied with, the largest first."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    if layer_decay == 1:
+        return [(1.0, trained)] if trained else []
+    from llmkit.models.freezing import lr_scales
+
+    named = dict(model.named_parameters())
+    scale_of = {id(named[name]): scale for name, scale in lr_scales(model, layer_decay).items()}
+    scales = sorted({scale_of[id(parameter)] for parameter in trained}, reverse=True)
+    return [(scale, [p for p in trained if scale_of[id(p)] == scale]) for scale in scales]
+
+
+def _check_any(parts: Rates) -> None:
+    if not parts:
+        raise ConfigError("no weight is left to train", where="freeze", fix="freeze fewer layers")
+
+
+def _adamw(parts: Rates, lr: float, betas: list[float], eps: float, weight_decay: float) -> Optimizer:
     import torch
 
-    groups = decay_groups(parameters, weight_decay)
+    groups = [group | {"lr": lr * scale} for scale, part in parts for group in decay_groups(part, weight_decay)]
     return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
 
 
 def split_hidden_matrices(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices inside the blocks, all other parameters). Embeddings and the head are lookups, not hidden matrices."""
+    """(matrices inside the blocks, all other parameters). Embeddings and the heads are lookups, not hidden matrices."""
     from torch import nn
 
     lookups = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     lookups |= {id(getattr(model, "output_weight_VD", None))}
+    lookups |= {id(p) for name, p in model.named_parameters() if name.startswith("task_head.")}
     hidden: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for parameter in model.parameters():

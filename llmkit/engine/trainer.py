@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from llmkit.engine import optim
+from llmkit.engine.best_metric import BestMetric
 from llmkit.engine.evaluate import EvalSet, TrainModule, evaluate
 from llmkit.engine.meter import Meter
-from llmkit.errors import LLMKitError, NumericsError, Stopped
+from llmkit.errors import ConfigError, LLMKitError, NumericsError, Stopped
 from llmkit.interfaces import Batch, Callback, RunInfo, Schedule
 from llmkit.settings import EngineConfig
 
@@ -54,7 +55,8 @@ class Progress:
     elapsed_seconds: float = 0.0
     evaluated_step: int = -1
     best_step: int = 0
-    best_loss: float = math.inf
+    best_value: float | None = None  # of the metric that picks the best checkpoint
+    evaluations_since_best: int = 0
     first_losses: dict[str, float] = field(default_factory=dict)  # before the first step, where that is measured
     skipped_in_a_row: int = 0
 
@@ -84,7 +86,8 @@ class Trainer:
     seed: int
     global_batch_size: int
     load_step: Callable[[int], StepData]  # position -> this rank's micro-batches
-    eval_sets: Mapping[str, EvalSet]  # by the prefix of their metrics; ``val`` decides which checkpoint is best
+    eval_sets: Mapping[str, EvalSet]  # by the prefix of their metrics
+    best_metric: BestMetric
     evaluate_first: bool  # also before the first step
     record: Callable[[int, dict[str, float]], None]
     save: Callable[[Trainer, bool], None]  # (trainer, is this the best so far)
@@ -115,7 +118,7 @@ class Trainer:
         self.wrapped.train()
         self._clock_zero = time.perf_counter() - self.progress.elapsed_seconds
         stop = self._evaluate_if_due(force=self.evaluate_first and self.progress.step == 0)
-        while self.progress.step < self.max_steps and not stop and not self._time_is_up():
+        while self.progress.step < self.max_steps and not stop and not self._time_is_up() and not self._has_stalled():
             stop = self._advance()
             stop = self._evaluate_if_due() or stop
             if self._is_due(self.engine.save_every):
@@ -133,7 +136,12 @@ class Trainer:
         started = time.perf_counter()
         data = self.load_step(self.progress.position)
         data_seconds = time.perf_counter() - started
+        before = self._fingerprint() if self.progress.step == 0 else None
         result = self.train_step(data)
+        if before is not None and not self._skipped() and before == self._fingerprint():
+            raise NumericsError(
+                "the first update changed no weight", fix="raise optim.lr, or train more of the model than now"
+            )
         progress = self.progress
         progress.step += 1
         progress.position += self.global_batch_size
@@ -151,6 +159,16 @@ class Trainer:
             }
             self.record(progress.step, self.meter.flush() | row)
         return result.stop
+
+    @torch.no_grad()
+    def _fingerprint(self) -> list[float]:
+        """A number for each trained tensor that changes when its values do."""
+        numbers: list[float] = torch.stack([p.sum(dtype=torch.float64) for p in self.parameters]).tolist()
+        return numbers
+
+    def _skipped(self) -> bool:
+        """Whether the latest update may have been left out; under fp16 the loss scaler does not say."""
+        return self.progress.skipped_in_a_row > 0 or self.engine.precision == "fp16"
 
     def train_step(self, data: StepData) -> StepResult:
         """Forward, backward, clip, update. Nothing is updated when the loss or the gradient is not finite."""
@@ -231,20 +249,41 @@ class Trainer:
                 sum_over_ranks=self._sum_over_ranks,
                 should_stop=self.stop_requested,
             )
-            if scored is None:
+            answered = {} if scored is None or rows.score is None else rows.score()
+            if scored is None or answered is None:
                 return True
-            metrics |= scored
+            metrics |= scored | {f"{name}/{key}": value for key, value in answered.items()}
         progress.evaluated_step = progress.step
         progress.elapsed_seconds = time.perf_counter() - self._clock_zero
         if progress.step == 0:
             progress.first_losses = {name: metrics[f"{name}/loss"] for name in self.eval_sets}
-        elif metrics.get("val/loss", math.inf) < progress.best_loss:
-            progress.best_loss, progress.best_step = metrics["val/loss"], progress.step
+        else:
+            self._compare_with_best(metrics)
         self.record(progress.step, metrics | {"perf/elapsed_seconds": progress.elapsed_seconds})
         if self.accelerator.is_main_process:
             for callback in self.callbacks:
                 callback.on_evaluation(progress.step, self.module.model, self.run)
         return False
+
+    def _compare_with_best(self, metrics: Mapping[str, float]) -> None:
+        """Note whether this evaluation is the best so far, by ``best_metric``."""
+        progress, value = self.progress, metrics.get(self.best_metric.name)
+        if value is None and "val" in self.eval_sets:
+            known = sorted(name for name in metrics if name.startswith("val/"))
+            raise ConfigError(
+                f"no metric is called {self.best_metric.name}", where="engine.best_metric", fix=f"one of {known}"
+            )
+        if value is None:  # no validation rows, only text the model knew before
+            return
+        if self.best_metric.is_better(value, progress.best_value):
+            progress.best_value, progress.best_step, progress.evaluations_since_best = value, progress.step, 0
+        else:
+            progress.evaluations_since_best += 1
+
+    def _has_stalled(self) -> bool:
+        """Whether ``engine.patience`` evaluations have passed without a better one."""
+        patience = self.engine.patience
+        return patience is not None and self.progress.evaluations_since_best >= patience
 
     def _save(self) -> None:
         """Publish a checkpoint of this step, on rank 0; a failure there ends every rank."""

@@ -50,6 +50,10 @@ class LayerCache:
         self.v_BGSK[:, :, start:stop] = v_BGTK
         return self.k_BGSK[:, :, first:stop], self.v_BGSK[:, :, first:stop]
 
+    def keep(self, rows_B: Tensor) -> None:
+        """Go on with these of the rows, in this order; one may be there several times."""
+        self.k_BGSK, self.v_BGSK = self.k_BGSK[rows_B], self.v_BGSK[rows_B]
+
 
 def first_seen(start: int, window: int | None) -> int:
     """The first place in the cache that the token at ``start`` sees."""
@@ -66,6 +70,12 @@ class KVCache:
     @property
     def max_len(self) -> int:
         return self.document_ids_BS.shape[1]
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Go on with these of the rows, in this order; one may be there several times."""
+        for layer in self.layers:
+            layer.keep(rows_B)
+        self.document_ids_BS = self.document_ids_BS[rows_B]
 
     def mask_of(self, document_ids_BT: Tensor | None, n_tokens: int, window: int | None = None) -> Tensor | None:
         """Note the documents of the next ``n_tokens`` (0 when None); their mask over what ``LayerCache`` gives them.

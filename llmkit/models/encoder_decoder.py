@@ -47,6 +47,11 @@ class Memory(NamedTuple):
     states_BSD: Tensor
     document_ids_BS: Tensor | None
 
+    def of_rows(self, rows_B: Tensor) -> Memory:
+        """That of these rows, in this order."""
+        ids_BS = self.document_ids_BS
+        return Memory(self.states_BSD[rows_B], None if ids_BS is None else ids_BS[rows_B])
+
 
 class Seq2SeqCache(KVCache):
     """The decoder's cache, its positions, and keys and values of the source, which stay the same."""
@@ -54,6 +59,17 @@ class Seq2SeqCache(KVCache):
     def __init__(self, layers: list[LayerCache], document_ids_BS: Tensor, source: list[KeysValues]) -> None:
         super().__init__(layers, document_ids_BS)
         self.position_ids_BS, self.source = torch.zeros_like(document_ids_BS), source
+        self._sources_B = torch.arange(len(document_ids_BS), device=document_ids_BS.device)  # that each row reads
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Go on with these of the rows, in this order; one may be there several times. Sources that stay in their
+        places, as when the beams of a search change theirs, are not copied."""
+        super().keep(rows_B)
+        self.position_ids_BS = self.position_ids_BS[rows_B]
+        sources_B = self._sources_B[rows_B]
+        if not torch.equal(sources_B, self._sources_B):
+            self.source = [(k_BHSK[rows_B], v_BHSK[rows_B]) for k_BHSK, v_BHSK in self.source]
+        self._sources_B = sources_B
 
 
 class Attention(nn.Module):

@@ -22,6 +22,11 @@ class LSTMCache(StateCache):
         self.memory_BSR = like.h.new_zeros(n_rows, max_len, like.h.shape[2])
         self.last_BR = torch.zeros_like(self.memory_BSR[:, 0])  # what the last layer gave for the last token
 
+    def keep(self, rows_B: Tensor) -> None:
+        """Go on with these of the rows, in this order; one may be there several times."""
+        super().keep(rows_B)
+        self.memory_BSR, self.last_BR = self.memory_BSR[rows_B], self.last_BR[rows_B]
+
 
 class LSTMLanguageModel(nn.Module):
     """Parameters are uninitialised until ``init_weights`` or a checkpoint fills them.

@@ -112,6 +112,11 @@ class StateCache(KVCache):
         super().__init__([], torch.zeros(n_rows, max_len, dtype=torch.int64, device=like.h.device))
         self.state_LBR = State(like.h.new_zeros(L, n_rows, R), like.c.new_zeros(L, n_rows, R))
 
+    def keep(self, rows_B: Tensor) -> None:
+        """Go on with these of the rows, in this order; one may be there several times."""
+        super().keep(rows_B)
+        self.state_LBR = State(self.state_LBR.h[:, rows_B], self.state_LBR.c[:, rows_B])
+
     def goes_on(self) -> Tensor:
         """B1: whether the next token, its document already noted, goes on with the document before it."""
         first_B1 = self.document_ids_BS[:, self.length : self.length + 1]

@@ -28,6 +28,13 @@ class LSTMMemory(NamedTuple):
     documents: Documents
     final: State  # LNR, of each document and layer
 
+    def of_rows(self, rows_B: Tensor) -> LSTMMemory:
+        """That of these rows, in this order, of sources that are one document a row."""
+        states_BSR, final = self.states_BSR[rows_B], State(self.final.h[:, rows_B], self.final.c[:, rows_B])
+        ids_BS = None if self.document_ids_BS is None else self.document_ids_BS[rows_B]
+        documents = whole_rows(*states_BSR.shape[:2]) if ids_BS is None else find_documents(ids_BS)
+        return LSTMMemory(states_BSR, ids_BS, documents, final)
+
 
 class LSTMSeq2Seq(nn.Module):
     """Parameters are uninitialised until ``init_weights`` or a checkpoint fills them.

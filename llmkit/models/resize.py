@@ -45,6 +45,13 @@ def resize_embeddings(model: Any, n: int, *, known: int | None = None) -> None:
     log.info("vocabulary: %d of %d rows are new, each the mean of the %d known ones", n - known, n, known)
 
 
+def make_room(model: Any, n_known: int, n_ids: int) -> None:
+    """Embeddings for the ids of a vocabulary that grew; the model was trained with ``n_known`` of them."""
+    rows = model.config.vocab_rows
+    if n_ids > min(n_known, rows):
+        resize_embeddings(model, max(rows, n_ids), known=min(n_known, rows))
+
+
 def _resize_tables(model: Any, n: int, known: int) -> None:
     head, bias = getattr(model, "head", None), getattr(model, "output_bias", None)
     model.embedding.weight = _grown(model.embedding.weight, n, known)

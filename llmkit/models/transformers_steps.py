@@ -38,8 +38,19 @@ class Group:
 
     rows_M: Tensor
     ids_MT: Tensor  # all tokens so far
-    given: dict[str, Any]  # the source, of encoder-decoders
+    memory: Memory | None  # of encoder-decoders
     state: dict[str, Any] = field(default_factory=dict)  # the module's own cache
+
+    def keep(self, places_M: Tensor, rows_M: Tensor) -> Group:
+        """The group of these of its rows, in this order, which are now called ``rows_M``.
+
+        Where the module's cache cannot follow, it is dropped, so that everything is read again.
+        """
+        memory = None if self.memory is None else self.memory.of_rows(places_M)
+        follows = all(hasattr(cache, "reorder_cache") for cache in self.state.values())
+        for cache in self.state.values() if follows else ():
+            cache.reorder_cache(places_M)
+        return Group(rows_M, self.ids_MT[places_M], memory, self.state if follows else {})
 
 
 class StepCache:
@@ -68,25 +79,36 @@ class StepCache:
         assert logits_BTV is not None, "a batch has rows"
         return logits_BTV
 
+    def keep(self, rows_B: Tensor) -> None:
+        """Go on with these of the rows, in this order; one may be there several times."""
+        kept = []
+        for group in self._groups:
+            rows_M, places_M = (rows_B[:, None] == group.rows_M).nonzero().unbind(1)
+            if len(rows_M):
+                kept.append(group.keep(places_M, rows_M))
+        self._groups = kept
+
     def _start(self, ids_BT: Tensor, document_ids_BT: Tensor | None) -> None:
         documents = documents_in(ids_BT, document_ids_BT)
         for numbers in by_length(documents.lengths_N.tolist(), exact=True):
             rows_M = documents.rows_N[torch.tensor(numbers)].to(ids_BT.device)
             length = int(documents.lengths_N[numbers[0]])
-            given = {} if self._memory is None else self._memory.of_rows(rows_M).inputs()
-            self._groups.append(Group(rows_M, ids_BT[rows_M, -length:], given))
+            memory = None if self._memory is None else self._memory.of_rows(rows_M)
+            self._groups.append(Group(rows_M, ids_BT[rows_M, -length:], memory))
 
     def _advance(self, group: Group, n_new: int) -> Tensor:
         """Logits of a group's last ``n_new`` tokens, or of all that it has when these are fewer."""
         first = not group.state
-        if self._memory is None:
-            group.given = {"attention_mask": torch.ones_like(group.ids_MT)}
+        if group.memory is None:
+            given: dict[str, Any] = {"attention_mask": torch.ones_like(group.ids_MT)}
+        else:
+            given = group.memory.inputs()
         inputs = self._module.prepare_inputs_for_generation(
             group.ids_MT,
             next_sequence_length=None if first else n_new,
             use_cache=self._caches,
             is_first_iteration=first,
-            **group.given,
+            **given,
             **group.state,
         )
         outputs = self._module(**inputs, return_dict=True)

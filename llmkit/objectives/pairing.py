@@ -15,6 +15,8 @@ def misfit(objective: Objective, model: Any) -> tuple[str, str] | None:
     name, wanted = type(objective).__name__, " or ".join(objective.trains)
     if model.kind not in objective.trains:
         return f"{name} trains a model of the kind {wanted}, {type(model).__name__} is of the kind {model.kind}", ""
+    if objective.reads == "rows":  # a task's head is put onto whatever model there is
+        return None
     reads_pairs, has_head = objective.reads != "windows", getattr(model, "pooler", False)
     if reads_pairs and not has_head:
         return f"{name} needs a model with a head for pairs", "set model.pooler=true"
@@ -32,4 +34,11 @@ def flops_per_token(objective: Objective, model: Any, seq_len: int) -> int:
     """
     every_token: int = model.flops_per_token(seq_len, objective.target_len(seq_len))
     spared = 1 - objective.predicted_share
-    return every_token - (round(6 * spared * model.head_params()) if spared else 0)
+    return every_token - (round(6 * spared * _head_params(model)) if spared else 0)
+
+
+def _head_params(model: Any) -> int:
+    """Weights between the hidden states and the logits over the vocabulary."""
+    if hasattr(model, "head_params"):
+        return int(model.head_params())
+    return int(model.vocab_rows * model.d_model)

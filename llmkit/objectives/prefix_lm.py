@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmkit.interfaces import Batch, Row, TokenIds
+from llmkit.objectives.rows import Ids
 from llmkit.objectives.shares import settle
 from llmkit.objectives.source_target import Sides, SourceTarget, to_batch
+
+LEAST_IDS = 2  # one to read and one to write
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,8 @@ class PrefixLM(SourceTarget):
     Decoder-only models are not trained with it: they would have to look at the prefix in both directions, which the
     published Llama and GPT-2 do not compute, so that an exported model would not be the one that was trained.
     """
+
+    n_parts: ClassVar[int] = 2  # of a row, which cut documents
 
     min_fraction: float
     max_fraction: float
@@ -50,6 +57,13 @@ class PrefixLM(SourceTarget):
         n_ids = self.window(seq_len)[0]
         return n_ids - round(self.mean_fraction * n_ids)
 
+    def too_short(self, n_ids_K: Ids, n_text_K: Ids) -> NDArray[np.bool_]:
+        """Which pieces, of so many ids and so many ids of text, are left out."""
+        return n_ids_K < LEAST_IDS
+
+    def fate_of_short(self) -> str:
+        return "are a single token, which cannot be cut in two: they are left out"
+
     def collate(self, rows: Sequence[Row], *, seq_len: int, ids: TokenIds) -> Batch:
         """Rows of two windows to one batch of two sides."""
         return to_batch([self._cut(row, ids.eos_id) for row in rows], ids)
@@ -61,8 +75,9 @@ class PrefixLM(SourceTarget):
         ends = np.flatnonzero(row_T == eos_id) + 1
         edges = np.unique(np.concatenate([[0, half, len(row_T)], ends]))
         lengths = np.diff(edges)
-        row_T = row_T[np.repeat(lengths > 1, lengths)]
-        first_K, lengths_K = edges[:-1][lengths > 1] < half, lengths[lengths > 1]
+        used = ~self.too_short(lengths, lengths)
+        row_T = row_T[np.repeat(used, lengths)]
+        first_K, lengths_K = edges[:-1][used] < half, lengths[used]
         fraction = rng.uniform(self.min_fraction, self.max_fraction)
         wanted_K = np.where(first_K, fraction, self.min_fraction + self.max_fraction - fraction) * lengths_K
         rounded_K = np.diff(np.floor(np.cumsum(wanted_K) + rng.random()), prepend=0).astype(np.int64)

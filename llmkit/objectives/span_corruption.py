@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +45,8 @@ class SpanCorruption(SourceTarget):
     out. A text of no more than ``mean_span_length`` tokens stays whole; its share falls on the others of the row, up to
     a tenth of theirs. A document without noise has no target.
     """
+
+    n_parts: ClassVar[int] = 1  # of a row, which cut documents
 
     noise_density: float
     mean_span_length: float
@@ -83,6 +85,14 @@ class SpanCorruption(SourceTarget):
             return None
         what = f"span corruption of {seq_len} tokens needs {needed} sentinels, the vocabulary has {found}"
         return what, f"tokenizer.n_sentinels={needed}, or raise objective.mean_span_length"
+
+    def too_short(self, n_ids_K: Ids, n_text_K: Ids) -> NDArray[np.bool_]:
+        """Which pieces, of so many ids and so many ids of text, never have a target."""
+        return (n_text_K > 0) & (n_text_K < self.mean_span_length + 1)
+
+    def fate_of_short(self) -> str:
+        most = math.ceil(self.mean_span_length + 1) - 1
+        return f"have no more than {most} token(s) of text: they are read whole and have no target"
 
     def collate(self, rows: Sequence[Row], *, seq_len: int, ids: TokenIds) -> Batch:
         """Windows of running text to one batch of two sides. Raises ``ConfigError`` for too few sentinels.

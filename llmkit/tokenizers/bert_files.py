@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from llmkit.errors import DataError
+from llmkit.tokenizers.ends import around, pair_template
 
 VOCAB_FILE = "vocab.txt"  # one piece a line; the line number is the id
 SPECIAL_SYMBOLS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -35,6 +37,7 @@ def bert_json(
     Its users get ``[CLS] text [SEP]`` and ``[CLS] text [SEP] text [SEP]`` with segments 0 and 1.
     """
     names = {role: named(settings, role) or usual for role, usual in _ROLES.items()}
+    cls, sep = names["cls_token"], names["sep_token"]
     symbols = sorted({*names.values(), *extra_symbols} & vocabulary.keys(), key=vocabulary.__getitem__)
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
@@ -50,7 +53,7 @@ def bert_json(
             "lowercase": settings.get("do_lower_case", True),
         },
         "pre_tokenizer": {"type": "BertPreTokenizer"},
-        "post_processor": _template(names["cls_token"], names["sep_token"], vocabulary),
+        "post_processor": pair_template([(cls, vocabulary[cls])], [(sep, vocabulary[sep])]),
         "decoder": {"type": "WordPiece", "prefix": PREFIX, "cleanup": True},
         "model": {
             "type": "WordPiece",
@@ -62,17 +65,14 @@ def bert_json(
     }
 
 
-def _template(cls: str, sep: str, vocabulary: Mapping[str, int]) -> dict[str, Any]:
-    def special(name: str, segment: int) -> dict[str, Any]:
-        return {"SpecialToken": {"id": name, "type_id": segment}}
-
-    first = [special(cls, 0), {"Sequence": {"id": "A", "type_id": 0}}, special(sep, 0)]
-    return {
-        "type": "TemplateProcessing",
-        "single": first,
-        "pair": [*first, {"Sequence": {"id": "B", "type_id": 1}}, special(sep, 1)],
-        "special_tokens": {name: {"id": name, "ids": [vocabulary[name]], "tokens": [name]} for name in (cls, sep)},
-    }
+def with_ends(text: str, kind: str) -> str:
+    """A ``tokenizer.json`` from training here with the ends for a model of ``kind``; others' ends stay as they are."""
+    content = json.loads(text)
+    cls, sep = [(name, content["model"]["vocab"][name]) for name in SPECIAL_SYMBOLS[2:4]]
+    new, known = around(cls, sep, kind), [around(cls, sep, other) for other in ("decoder", "encoder")]
+    if content["post_processor"] == new or content["post_processor"] not in known:
+        return text
+    return json.dumps({**content, "post_processor": new}, ensure_ascii=False, indent=1) + "\n"
 
 
 def read_vocab_txt(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from llmkit.errors import DataError
 from llmkit.tokenizers.added_tokens import special_entries, with_added
 from llmkit.tokenizers.bert_files import named
+from llmkit.tokenizers.ends import template
 
 VOCAB_FILE = "vocab.json"
 MERGES_FILE = "merges.txt"
@@ -120,22 +121,3 @@ def _around(
     if settings.get("add_bos_token") and bos in vocabulary:
         return template([(str(bos), vocabulary[str(bos)])], [])
     return None
-
-
-def template(before: list[tuple[str, int]], after: list[tuple[str, int]]) -> dict[str, Any] | None:
-    """A post-processor that puts tokens, given as (name, id), before and after every text; None for none."""
-    if not before and not after:
-        return None
-
-    def part(sequence: str, place: int) -> list[dict[str, Any]]:
-        first, last = (
-            [{"SpecialToken": {"id": name, "type_id": place}} for name, _ in side] for side in (before, after)
-        )
-        return [*first, {"Sequence": {"id": sequence, "type_id": place}}, *last]
-
-    return {
-        "type": "TemplateProcessing",
-        "single": part("A", 0),
-        "pair": [*part("A", 0), *part("B", 1)],
-        "special_tokens": {name: {"id": name, "ids": [index], "tokens": [name]} for name, index in [*before, *after]},
-    }

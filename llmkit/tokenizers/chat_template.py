@@ -36,6 +36,14 @@ _SAFE_JINJA = (3, 1, 6)  # older ones have known ways out of the sandbox
 _NAME = re.compile(r"\w[\w.-]*")  # of a template; it becomes the name of a file
 _PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")  # no secrets
 
+# For a tokenizer without a template: names of roles before the turns, the end token after those of the assistant
+PLAIN = """\
+{{- bos_token -}}
+{%- for turn in messages -%}
+{{- turn.role | capitalize }}: {{ turn.content }}{{ eos_token if turn.role == 'assistant' }}
+{% endfor -%}
+{%- if add_generation_prompt %}Assistant:{% endif -%}"""
+
 Message = Mapping[str, Any]  # role, content, and whatever else the template reads
 
 
@@ -123,6 +131,22 @@ class ChatTemplate:
             file = folder / TEMPLATE_FILE if name == DEFAULT else folder / TEMPLATE_FOLDER / f"{name}.jinja"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(source, encoding="utf-8", newline="")
+
+
+def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    """A conversation by the template of a loaded tokenizer. Raises ``ConfigError`` where it has none."""
+    template = ChatTemplate.of(tokenizer)
+    if template is None:
+        fix = f"put a {TEMPLATE_FILE} beside its files"
+        raise ConfigError("the tokenizer has no chat template", where="tokenizer", fix=fix)
+    return template.render(messages, add_generation_prompt=add_generation_prompt)
+
+
+def with_template(tokenizer: Any) -> tuple[Any, bool]:
+    """(the tokenizer, False), or (the tokenizer with ``PLAIN``, True) where it has no chat template."""
+    if ChatTemplate.of(tokenizer) is not None:
+        return tokenizer, False
+    return tokenizer.with_chat_template(PLAIN), True
 
 
 def _name_of(file: str) -> str:

@@ -11,8 +11,15 @@ from typing import Any
 from llmkit.errors import ConfigError, DataError
 from llmkit.tokenizers import byte_level_files
 from llmkit.tokenizers.added_tokens import ADDED_FILE, stated_tokens, with_added
-from llmkit.tokenizers.bert_files import VOCAB_FILE, read_vocab_txt
-from llmkit.tokenizers.hf_files import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE, template_files
+from llmkit.tokenizers.bert_files import VOCAB_FILE, read_vocab_txt, with_ends
+from llmkit.tokenizers.hf_files import (
+    CONFIG_FILE,
+    FORMAT_KEY,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    WORDPIECE,
+    template_files,
+)
 from llmkit.tokenizers.sentencepiece_files import MODEL_FILES, read_sentencepiece, rules
 
 FILES = (TOKENIZER_FILE, *MODEL_FILES, VOCAB_FILE, byte_level_files.VOCAB_FILE)  # the first that is there is read
@@ -80,11 +87,16 @@ def written(content: Mapping[str, Any]) -> str:
 
 
 def _completed(text: str, settings: Mapping[str, Any], old_file: Mapping[str, Any], where: str) -> str:
-    """A ``tokenizer.json`` with the added tokens that only the files beside it know; unchanged if there are none."""
+    """A ``tokenizer.json`` with the added tokens that only the files beside it know; unchanged if there are none.
+
+    One that llmkit trained and saved for a decoder is again as it was trained.
+    """
     tokens = stated_tokens(settings, old_file, where)
-    if not tokens:
+    trained_here = settings.get(FORMAT_KEY) == WORDPIECE
+    if not tokens and not trained_here:
         return text
     try:
+        text = with_ends(text, "encoder") if trained_here else text
         content = json.loads(text)
         known = {(item["id"], item["content"]): item for item in content.get("added_tokens") or []}
         decides = isinstance(settings.get("added_tokens_decoder"), Mapping)

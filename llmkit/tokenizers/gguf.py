@@ -14,7 +14,7 @@ from typing import Any
 from llmkit.errors import DataError
 from llmkit.gguf_file import SCORES, TOKENS, TYPES, UNUSED, GGUFFile, read_gguf
 from llmkit.tokenizers.added_tokens import entry
-from llmkit.tokenizers.byte_level_files import template
+from llmkit.tokenizers.ends import template
 from llmkit.tokenizers.folder import written
 from llmkit.tokenizers.gguf_fields import (
     ADD_BOS,

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmkit.tokenizers.vocabulary import MASK_NAMES, SPACE
+from llmkit.tokenizers.ends import around, template
+from llmkit.tokenizers.vocabulary import MASK_NAMES, SPACE, stands_for_text
 
 logger = logging.getLogger("llmkit.tokenizers")
 
@@ -21,7 +22,8 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
-FORMAT_KEY = "llmkit_format"  # in CONFIG_FILE: says that tokenizer.model decides the ids
+FORMAT_KEY = "llmkit_format"  # in CONFIG_FILE: which of the kinds that llmkit trains this is
+SENTENCEPIECE, WORDPIECE = "sentencepiece", "wordpiece"  # tokenizer.model decides the ids of the first
 _NEVER = -1e6  # the score of a piece that Unigram must not take from text; special tokens are found before it runs
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # piece types of sentencepiece_model.proto
 _KINDS = {1: "Unigram", 2: "BPE"}  # model types of sentencepiece_model.proto
@@ -79,12 +81,19 @@ class ModelProto:
     def symbol(self, name: str) -> str:
         return self.pieces[self.ids[name]][0]
 
+    def named(self, name: str) -> tuple[str, int] | None:
+        """Symbol and id of a role, if the model has it."""
+        return (self.symbol(name), self.ids[name]) if name in self.ids else None
 
-def write_hf_files(model: ModelProto, folder: Path) -> None:
-    """Into ``folder``. A model with a normalisation of its own gets no ``tokenizer.json``, and a warning."""
+
+def write_hf_files(model: ModelProto, folder: Path, kind: str | None = None) -> None:
+    """Into ``folder``, for a model of ``kind``: its rows are what the users of these files make of a text.
+
+    A model with a normalisation of its own gets no ``tokenizer.json``, and a warning.
+    """
     masks = [name for name in MASK_NAMES if any(piece == name for piece, _, _ in model.pieces)]
     config: dict[str, Any] = {
-        FORMAT_KEY: "sentencepiece",
+        FORMAT_KEY: SENTENCEPIECE,
         "tokenizer_class": "PreTrainedTokenizerFast" if model.convertible else "LlamaTokenizer",
         "clean_up_tokenization_spaces": False,
         "model_max_length": int(1e30),  # as transformers writes "no limit"
@@ -92,7 +101,7 @@ def write_hf_files(model: ModelProto, folder: Path) -> None:
         **({"mask_token": masks[0]} if masks else {}),
     }
     if model.convertible:
-        _write(folder / TOKENIZER_FILE, tokenizer_json(model))
+        _write(folder / TOKENIZER_FILE, _as_trained(model, kind))
     else:
         logger.warning("this SentencePiece model normalises text; transformers may give other ids than llmkit")
     _write(folder / CONFIG_FILE, config)
@@ -116,6 +125,21 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
+def _as_trained(model: ModelProto, kind: str | None) -> dict[str, Any]:
+    """``tokenizer_json`` with the ends of a training row, and masks and sentinels that take the space before them.
+
+    In training they stand for pieces such as ``\u2581with``, space included. Where a model puts a space of its own
+    before every text, nothing here could keep it from the text after them.
+    """
+    content, eos = tokenizer_json(model), model.named("eos")
+    if eos is not None:
+        content["post_processor"] = around(model.named("bos"), eos, kind)
+    if not model.dummy_prefix and not model.space_after:
+        for token in content["added_tokens"]:
+            token["lstrip"] = stands_for_text(token["content"])
+    return content
+
+
 def tokenizer_json(model: ModelProto) -> dict[str, Any]:
     """The content of ``tokenizer.json``. Special tokens are recognised inside text there, as its users expect."""
     escape = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
@@ -129,7 +153,7 @@ def tokenizer_json(model: ModelProto) -> dict[str, Any]:
         "added_tokens": _added_tokens(model),
         "normalizer": {"type": "Sequence", "normalizers": [*prefix, escape]},
         "pre_tokenizer": None,
-        "post_processor": _bos_first(model),
+        "post_processor": template([] if (bos := model.named("bos")) is None else [bos], []),
         "decoder": {"type": "Sequence", "decoders": [unescape, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": _bpe(model) if model.kind == "BPE" else _unigram(model),
     }
@@ -142,23 +166,6 @@ def _added_tokens(model: ModelProto) -> list[dict[str, Any]]:
         for index, (piece, _, kind) in enumerate(model.pieces)
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
     ]
-
-
-def _bos_first(model: ModelProto) -> dict[str, Any] | None:
-    """Puts the begin symbol before a text, as every training document has it."""
-    if "bos" not in model.ids:
-        return None
-    bos = model.symbol("bos")
-
-    def template(*names: str) -> list[dict[str, Any]]:
-        parts: list[dict[str, Any]] = []
-        for place, name in enumerate(names):
-            parts += [{"SpecialToken": {"id": bos, "type_id": place}}, {"Sequence": {"id": name, "type_id": place}}]
-        return parts
-
-    tokens = {bos: {"id": bos, "ids": [model.ids["bos"]], "tokens": [bos]}}
-    pair = template("A", "B")
-    return {"type": "TemplateProcessing", "single": template("A"), "pair": pair, "special_tokens": tokens}
 
 
 def _unigram(model: ModelProto) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +13,26 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import ConfigError, DataError, missing_extra
 from llmkit.interfaces import TokenIds
+from llmkit.tokenizers import chat_template
+from llmkit.tokenizers import spans as places
 from llmkit.tokenizers import vocabulary as vocabularies
 from llmkit.tokenizers.added_tokens import entry, with_added
-from llmkit.tokenizers.bert_files import named
+from llmkit.tokenizers.bert_files import named, with_ends
 from llmkit.tokenizers.folder import read_source, written
-from llmkit.tokenizers.hf_files import CONFIG_FILE, TOKENIZER_FILE, write_template_files
+from llmkit.tokenizers.hf_files import (
+    CONFIG_FILE,
+    FORMAT_KEY,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    WORDPIECE,
+    write_template_files,
+)
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
+
+_HALF_CHARACTER = "a text holds half of a surrogate pair, which is no character"
 
 # Where no file names the end of a text, a token of one of these names is it.
 _KNOWN_NAMES = {
@@ -120,17 +133,121 @@ class HFTokenizer:
 
     def with_symbols(self, names: Sequence[str]) -> HFTokenizer:
         """The same with ``names``, which its vocabulary must lack, as special tokens on the next ids."""
-        new = [entry(self.vocab_size + place, name) for place, name in enumerate(names)]
-        content = written(with_added(json.loads(self._content), new, "tokenizer"))
+        old = json.loads(self._content)
+        spaced = not vocabularies.word_rule(old)("a")  # words begin with their space, which a mask stands for as well
+        taken = [spaced and vocabularies.stands_for_text(name) for name in names]
+        new = [entry(self.vocab_size + i, name, lstrip=taken[i]) for i, name in enumerate(names)]
+        content = written(with_added(old, new, "tokenizer"))
         return HFTokenizer(content, self._settings, self._side_files, "tokenizer")
 
     def encode_symbols(self, text: str) -> list[int]:
         """Ids of a text in which the names of special tokens are those tokens, as a rendered chat template has them."""
+        return self.encode_spans(text, ())[0]
+
+    def encode_spans(self, text: str, plain: Sequence[places.Span] | None = None) -> places.Spans:
+        if plain is None:
+            return self._plain_spans(text, self._backend)
+        ids, spans = self._symbol_spans(text)
+        marked = self._silent | self._marked.keys()
+        named = (self._name_place(i, text, span) for i, span in zip(ids, spans, strict=True) if i in marked)
+        if not any(places.touches(span, plain) for span in named):
+            return ids, spans
+        symbols = [symbol for gap in places.gaps(len(text), plain) for symbol in self._symbols_in(text, gap)]
+        backends = (self._backend, self._backend_inside)
+        return places.with_symbols(
+            text, symbols, lambda start, stop: self._plain_spans(text[start:stop], backends[start > 0])
+        )
+
+    def _plain_spans(self, text: str, backend: Backend) -> places.Spans:
+        """As ``encode``: names of special tokens are text."""
+        ids, spans = self._located(text, backend)
+        if self._silent.isdisjoint(ids):
+            return ids, spans
+        spelt = [self._spelt_at(i, span) for i, span in zip(ids, spans, strict=True)]
+        return [i for part in spelt for i, _ in part], [span for part in spelt for _, span in part]
+
+    def _spelt_at(self, index: int, span: places.Span) -> list[tuple[int, places.Span]]:
+        if index not in self._silent:
+            return [(index, span)]
+        letters = self._spelling(index)
+        where = places.letters_of(span, len(letters))
+        return [(i, place) for part, place in zip(letters, where, strict=True) for i in part]
+
+    def _symbol_spans(self, text: str) -> places.Spans:
+        """Names of special tokens are those tokens, wherever they stand."""
         self._backend.encode_special_tokens = False
         try:
-            return list(self._backend.encode(text, add_special_tokens=False).ids)
+            return self._located(text, self._backend)
         finally:
             self._backend.encode_special_tokens = True
+
+    def _located(self, text: str, backend: Backend) -> places.Spans:
+        """``tokenizers`` loses its place where a table of SentencePiece's takes characters out of a text."""
+        encoding = self._encoding(text, backend)
+        ids: list[int] = encoding.ids
+        if self._charsmap is None or (new := places.aligned(text, self._charsmap)) is None or new[0] == text:
+            return ids, places.mended(text, encoding.tokens, encoding.offsets)
+        again = self._encoding(new[0], backend)  # which the table leaves as it is
+        source, owners = new if again.ids == ids else (text, None)
+        chosen = encoding if owners is None else again
+        spans = places.mended(source, chosen.tokens, chosen.offsets)
+        return ids, spans if owners is None else places.moved_back(spans, owners, len(text))
+
+    def _symbols_in(self, text: str, gap: places.Span) -> list[places.Symbol]:
+        """Special tokens named in a part of ``text``, with the spaces around it that they take along."""
+        first, last = gap
+        found = []
+        for index, (start, stop) in zip(*self._symbol_spans(text[first:last]), strict=True):
+            token = self._marked.get(index)
+            if token is None or (index == self.unk_id and token.content not in text[first + start : first + stop]):
+                continue
+            start, stop = first + start, first + stop
+            while token.lstrip and start > 0 and text[start - 1].isspace():
+                start -= 1
+            while token.rstrip and stop < len(text) and text[stop].isspace():
+                stop += 1
+            found.append((start, stop, index))
+        return found
+
+    def _name_place(self, index: int, text: str, span: places.Span) -> places.Span:
+        """Where in its span the name of a special token stands, without spaces around it."""
+        name = str(self._backend.id_to_token(index))
+        start = text.find(name, *span)
+        if start < 0:
+            return (span[0], span[0]) if index == self.unk_id else span  # characters that the vocabulary lacks
+        return start, start + len(name)
+
+    @cached_property
+    def _marked(self) -> Mapping[int, AddedToken]:
+        """The tokens that are found by their names in a text, by id."""
+        return {index: token for index, token in self._backend.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
+    def _charsmap(self) -> Callable[[str], str] | None:
+        """The step that changes characters by such a table."""
+        from tokenizers.normalizers import Precompiled
+
+        table = vocabularies.charsmap(json.loads(self._content))
+        return None if table is None else Precompiled(base64.b64decode(table)).normalize_str
+
+    @cached_property
+    def _backend_inside(self) -> Backend:
+        """For a part of a text that is not its beginning."""
+        content = places.inside(json.loads(self._backend.to_str()))
+        return _backend(json.dumps(content), "tokenizer")
+
+    def _encoding(self, text: str, backend: Backend) -> Any:
+        try:
+            return backend.encode(text, add_special_tokens=False)
+        except (TypeError, UnicodeEncodeError) as error:
+            raise DataError(_HALF_CHARACTER) from error
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        return chat_template.render(self, messages, add_generation_prompt=add_generation_prompt)
+
+    def with_chat_template(self, source: str) -> HFTokenizer:
+        """The same with ``source`` as its one chat template."""
+        return HFTokenizer(self._content, self._settings, {TEMPLATE_FILE: source.encode()}, "tokenizer")
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -139,7 +256,7 @@ class HFTokenizer:
         try:
             encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeEncodeError) as error:
-            raise DataError("a text holds half of a surrogate pair, which is no character") from error
+            raise DataError(_HALF_CHARACTER) from error
         return [self._spelt_out(encoding.ids) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -195,16 +312,26 @@ class HFTokenizer:
         """Without special ids, which some models make from their names, as Unigram does of any piece it has."""
         if self._silent.isdisjoint(ids):
             return ids
-        model, name_of = self._backend.model, self._backend.id_to_token
-        names = {i: str(name_of(i)) for i in self._silent.intersection(ids)}
-        spelt = {i: [piece.id for letter in name for piece in model.tokenize(letter)] for i, name in names.items()}
+        spelt = {i: [part for letter in self._spelling(i) for part in letter] for i in self._silent.intersection(ids)}
         return [part for i in ids for part in spelt.get(i, (i,))]
 
-    def save(self, folder: Path) -> None:
-        """``tokenizer.json`` as it was read, and a configuration under which ``transformers`` takes it as it is."""
+    def _spelling(self, index: int) -> list[list[int]]:
+        """The ids of the letters of a special token's name, letter by letter."""
+        model = self._backend.model
+        return [[piece.id for piece in model.tokenize(letter)] for letter in str(self._backend.id_to_token(index))]
+
+    def save(self, folder: Path, *, kind: str | None = None) -> None:
+        """``tokenizer.json`` as it was read, and a configuration under which ``transformers`` takes it as it is.
+
+        A WordPiece vocabulary that llmkit trained is written for a model of ``kind``: without [SEP] for a decoder.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / TOKENIZER_FILE).write_text(self._content, encoding="utf-8", newline="")
         kept = {name: self._settings[name] for name in _KEPT_SETTINGS if name in self._settings}
+        content = self._content
+        if self._settings.get(FORMAT_KEY) == WORDPIECE:
+            kept[FORMAT_KEY] = WORDPIECE
+            content = with_ends(content, kind or "encoder")
+        (folder / TOKENIZER_FILE).write_text(content, encoding="utf-8", newline="")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # any other class builds rules of its own over the file's
             "clean_up_tokenization_spaces": False,
@@ -227,6 +354,8 @@ def _backend(content: str, where: str) -> Backend:
         raise DataError(f"no readable tokenizer.json: {str(error)[:200]}", where=where) from error
     backend.no_truncation()  # a length limit in the file would cut documents in silence
     backend.no_padding()
+    if vocabularies.trims_spans(json.loads(content)):
+        backend.post_processor = None  # nothing is put around a text here in any case
     backend.encode_special_tokens = True  # the names of special tokens in a text are text
     return backend
 

@@ -8,7 +8,7 @@ from llmkit.errors import DataError
 from llmkit.gguf_file import SUFFIX
 from llmkit.interfaces import Tokenizer
 from llmkit.tokenizers.folder import FILES, read_json, stands_alone, tokenizer_file
-from llmkit.tokenizers.hf_files import CONFIG_FILE, FORMAT_KEY
+from llmkit.tokenizers.hf_files import CONFIG_FILE, FORMAT_KEY, SENTENCEPIECE
 from llmkit.tokenizers.hf_json import HFTokenizer
 from llmkit.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer
 from llmkit.tokenizers.sentencepiece_files import MODEL_FILES
@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         from llmkit.tokenizers.gguf import load_gguf_tokenizer
 
         return load_gguf_tokenizer(folder)
-    if (folder / MODEL_FILE).is_file() and read_json(folder / CONFIG_FILE).get(FORMAT_KEY) == "sentencepiece":
+    if (folder / MODEL_FILE).is_file() and read_json(folder / CONFIG_FILE).get(FORMAT_KEY) == SENTENCEPIECE:
         return SentencePieceTokenizer.load(folder)
     file = tokenizer_file(folder)
     if file is None:

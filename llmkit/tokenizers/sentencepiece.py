@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from llmkit.errors import ConfigError, DataError
 from llmkit.interfaces import TokenIds
 from llmkit.settings import Range
-from llmkit.tokenizers import vocabulary
+from llmkit.tokenizers import spans, vocabulary
 from llmkit.tokenizers.hf_files import (
+    TEMPLATE_FILE,
     ModelProto,
     template_files,
     with_coarse_scores,
@@ -191,13 +192,16 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """In one thread, because preparation spreads over processes. Raises ``DataError`` for a lone surrogate."""
-        split = [_SEGMENT.findall(text) if self._words_apart else [text] for text in texts]
+        split = [self._segments(text) for text in texts]
+        ids = iter(self._processor.encode(list(chain.from_iterable(split)), num_threads=1))
+        return [list(chain.from_iterable(islice(ids, len(part)))) for part in split]
+
+    def _segments(self, text: str) -> list[bytes]:
+        """Parts of a text that can be encoded one by one."""
         try:
-            segments = [segment.encode() for part in split for segment in part]
+            return [part.encode() for part in (_SEGMENT.findall(text) if self._words_apart else [text])]
         except UnicodeEncodeError as error:
             raise DataError("a text holds half of a surrogate pair, which is no character") from error
-        ids = iter(self._processor.encode(segments, num_threads=1))
-        return [list(chain.from_iterable(islice(ids, len(part)))) for part in split]
 
     def decode(self, ids: Sequence[int]) -> str:
         text: str = self._processor.decode([int(i) for i in ids])
@@ -215,11 +219,41 @@ class SentencePieceTokenizer:
 
     def encode_symbols(self, text: str) -> list[int]:
         """Ids of a text in which the names of symbols are those symbols, as a rendered chat template has them."""
-        symbols = {self._proto.pieces[index][0]: index for index in self._proto.silent_ids if index != self.unk_id}
-        pattern = "|".join(map(re.escape, sorted(symbols, key=len, reverse=True)))
-        parts = re.split(f"({pattern})", text) if symbols else [text]
-        ids = ([symbols[part]] if part in symbols else self.encode(part) for part in parts if part)
-        return list(chain.from_iterable(ids))
+        return self.encode_spans(text, ())[0]
+
+    def encode_spans(self, text: str, plain: Sequence[spans.Span] | None = None) -> spans.Spans:
+        symbols = [] if plain is None else spans.named_symbols(text, plain, self._symbols)
+        return spans.with_symbols(text, symbols, lambda start, stop: self._plain_spans(text[start:stop]))
+
+    def _plain_spans(self, text: str) -> spans.Spans:
+        from sentencepiece.sentencepiece_pb2 import SentencePieceText
+
+        ids: list[int] = []
+        found: list[spans.Span] = []
+        place = 0
+        for segment in self._segments(text):
+            part = segment.decode()
+            reply = self._processor.encode(segment, out_type="serialized_proto")
+            pieces = SentencePieceText.FromString(reply).pieces
+            _, offsets = self._processor.Normalize(segment, with_offsets=True)
+            ids += [piece.id for piece in pieces]
+            where = spans.from_bytes(part, [piece.piece for piece in pieces], offsets)
+            found += [(place + start, place + stop) for start, stop in where]
+            place += len(part)
+        return ids, found
+
+    @cached_property
+    def _symbols(self) -> dict[str, int]:
+        return {self._proto.pieces[index][0]: index for index in self._proto.silent_ids if index != self.unk_id}
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool) -> str:
+        from llmkit.tokenizers import chat_template  # which reads models of others, with this module
+
+        return chat_template.render(self, messages, add_generation_prompt=add_generation_prompt)
+
+    def with_chat_template(self, source: str) -> SentencePieceTokenizer:
+        """The same with ``source`` as its one chat template."""
+        return SentencePieceTokenizer(self._model, templates={TEMPLATE_FILE: source.encode()})
 
     def id_of(self, name: str) -> int | None:
         """The id of a piece or a symbol."""
@@ -253,11 +287,11 @@ class SentencePieceTokenizer:
         """Whether text changes by design, as it does in models that normalise it."""
         return self._proto.lossy
 
-    def save(self, folder: Path) -> None:
-        """``tokenizer.model``, and what ``transformers`` reads."""
+    def save(self, folder: Path, *, kind: str | None = None) -> None:
+        """``tokenizer.model``, and what ``transformers`` reads, for a model of ``kind`` where that is known."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MODEL_FILE).write_bytes(self._model)
-        write_hf_files(self._proto, folder)
+        write_hf_files(self._proto, folder, kind)
         write_template_files(self._templates, folder)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from llmkit.errors import DataError
 from llmkit.tokenizers.added_tokens import entry, special_entries, stated_tokens, with_added
-from llmkit.tokenizers.byte_level_files import template
+from llmkit.tokenizers.ends import template
 from llmkit.tokenizers.hf_files import ModelProto, tokenizer_json
 from llmkit.tokenizers.sentencepiece import MODEL_FILE, opened
 from llmkit.tokenizers.vocabulary import SPACE

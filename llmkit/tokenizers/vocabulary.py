@@ -62,6 +62,11 @@ def find_roles(vocabulary: Mapping[str, int], mask_name: str | None = None) -> R
     )
 
 
+def stands_for_text(name: str) -> bool:
+    """Whether a symbol of this name replaces words of a text, as masks and sentinels do."""
+    return name in MASK_NAMES or _SENTINEL.fullmatch(name) is not None
+
+
 def build_token_ids(
     pieces: Mapping[int, str],
     begins_word: BeginsWord,
@@ -173,6 +178,19 @@ def is_lossy(content: Mapping[str, Any]) -> bool:
     """Whether a ``tokenizer.json`` changes case, accents, characters or spaces by design."""
     parts = [content.get("normalizer"), content.get("pre_tokenizer")]
     return any(step["type"] in _LOSSY_STEPS for step in _steps(parts))
+
+
+def charsmap(content: Mapping[str, Any]) -> str | None:
+    """The table by which a ``tokenizer.json`` changes characters as SentencePiece does, in base64."""
+    tables = [
+        step["precompiled_charsmap"] for step in _steps(content.get("normalizer")) if step["type"] == "Precompiled"
+    ]
+    return str(tables[0]) if tables else None
+
+
+def trims_spans(content: Mapping[str, Any]) -> bool:
+    """Whether a ``tokenizer.json`` leaves the space out of the characters that a word's first id stands for."""
+    return any(step.get("trim_offsets") for step in _steps(content.get("post_processor")))
 
 
 def has_bert_rules(content: Mapping[str, Any]) -> bool:

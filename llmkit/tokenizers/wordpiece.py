@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from llmkit.errors import ConfigError, DataError, missing_extra
 from llmkit.settings import Range
 from llmkit.tokenizers.bert_files import MAX_WORD_CHARACTERS, PREFIX, SPECIAL_SYMBOLS, bert_json, bert_settings
+from llmkit.tokenizers.hf_files import FORMAT_KEY, WORDPIECE
 from llmkit.tokenizers.hf_json import HFTokenizer
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class WordPieceSpec:
         pieces = self._learn(texts, settings)
         vocabulary = {piece: index for index, piece in enumerate(pieces)}
         content = json.dumps(bert_json(vocabulary, settings, self.extra_symbols), ensure_ascii=False, indent=1) + "\n"
-        tokenizer = HFTokenizer(content, settings, {}, str(folder))
+        tokenizer = HFTokenizer(content, {**settings, FORMAT_KEY: WORDPIECE}, {}, str(folder))
         tokenizer.save(folder)
         return tokenizer
 

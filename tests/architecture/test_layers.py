@@ -16,6 +16,7 @@ LAYERS = (
     ("engine", "config"),
     ("models", "objectives", "tasks", "tokenizers", "data", "generation", "mask_filling", "tracking"),
     ("metrics", "seq2seq_generation", "gguf_file"),
+    ("task_interface",),
     ("interfaces",),
     ("settings", "errors", "redact", ""),
 )

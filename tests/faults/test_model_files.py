@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmkit.errors import CheckpointError, LLMKitError
+from llmkit.models.head_config import HeadConfig
+from llmkit.models.heads import attach_head
 from llmkit.models.hf import load_model, save_model
 from llmkit.models.hf.weight_files import MAX_HEADER_BYTES, MAX_JSON_BYTES
 from tests.unit.models.test_encoder_config import bert, modern
@@ -158,9 +160,9 @@ def test_bytes_after_the_last_tensor(folder: Path) -> None:
 def test_a_file_that_shrinks_while_it_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from llmkit.models.hf import load
 
-    def cut(*arguments: Any) -> Any:
+    def cut(*arguments: Any, **named: Any) -> Any:
         os.truncate(folder / WEIGHTS, 4000)
-        return original(*arguments)
+        return original(*arguments, **named)
 
     original = load._check_names
     monkeypatch.setattr(load, "_check_names", cut)
@@ -478,12 +480,14 @@ FUZZED = {
 }
 
 
-def fuzz(tmp_path: Path, n: int, seed: int) -> int:
+def fuzz(tmp_path: Path, n: int, seed: int, head: HeadConfig | None = None) -> int:
     """``n`` mutations of weights and configs of many families; the number that was refused."""
     rng, n_refused = random.Random(seed), 0
     for name, config in FUZZED.items():
-        folder = tmp_path / name
-        save_model(random_model(config), folder)
+        folder, model = tmp_path / name, random_model(config)
+        if head is not None:
+            attach_head(model, head, seed=0)
+        save_model(model, folder)
         whole = {file: (folder / file).read_bytes() for file in ("config.json", WEIGHTS)}
         for _ in range(n // len(FUZZED)):
             file = rng.choice(sorted(whole))
@@ -498,6 +502,10 @@ def fuzz(tmp_path: Path, n: int, seed: int) -> int:
 
 def test_mutated_folders_give_typed_errors(tmp_path: Path) -> None:
     assert fuzz(tmp_path, 300, seed=0) > 150
+
+
+def test_mutated_folders_with_a_task_head_give_typed_errors(tmp_path: Path) -> None:
+    assert fuzz(tmp_path, 100, seed=2, head=HeadConfig("class", ("bad", "good"))) > 40
 
 
 @pytest.mark.slow

@@ -31,12 +31,12 @@ BARE = {
     "ModernBertModel": modern(transform_bias=True),
 }
 OTHER_HEADS = {
-    "BertForSequenceClassification": (bert(pooler=False), "classifier.weight"),
-    "BertForQuestionAnswering": (bert(pooler=False), "qa_outputs.weight"),
-    "RobertaForSequenceClassification": (roberta(), "classifier.out_proj.weight"),
-    "DistilBertForSequenceClassification": (distil(), "pre_classifier.weight"),
+    "BertForTokenClassification": (bert(pooler=False), "classifier.weight"),
+    "BertForMultipleChoice": (bert(pooler=False), "classifier.weight"),
+    "RobertaForTokenClassification": (roberta(), "classifier.weight"),
+    "DistilBertForTokenClassification": (distil(), "classifier.weight"),
     "ElectraForPreTraining": (electra(), "discriminator_predictions.dense.weight"),
-    "ElectraForSequenceClassification": (electra(), "classifier.dense.weight"),
+    "ElectraForTokenClassification": (electra(), "classifier.weight"),
 }
 
 

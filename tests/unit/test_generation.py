@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from llmkit.errors import NumericsError
-from llmkit.generation import Sampler, TextStream, generate, keep_top_k, keep_top_p, penalize, stream
+from llmkit.generation import generate, stream
+from llmkit.generation.choice import Sampler, keep_top_k, keep_top_p, penalize
+from llmkit.generation.text import TextStream
 from llmkit.models.config import DecoderConfig
 from llmkit.models.decoder import Decoder
 from llmkit.settings import GenerationConfig
@@ -28,6 +30,9 @@ GREEDY = GenerationConfig(
     top_k=None,
     top_p=None,
     repetition_penalty=1.0,
+    no_repeat_ngram_size=None,
+    n_beams=1,
+    length_penalty=1.0,
     stop=[],
     seed=0,
     use_cache=True,

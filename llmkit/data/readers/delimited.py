@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Collection, Iterator, Mapping
+from itertools import chain
+from typing import Any, BinaryIO
 
-from llmkit.data.readers.records import BadRow, Chunk, Document, documents
+from llmkit.data.readers.records import BadRow, Chunk, Document, Fields, documents
 from llmkit.data.readers.streams import check_head, compression_of, lines, open_chunk, open_text
 from llmkit.errors import DataError
 from llmkit.settings import DataConfig
 
 SUFFIXES = (".csv", ".tsv")
 COMPRESSED = True
+_STRICT: dict[str, Any] = {"strict": True}
+_PLAIN: dict[str, Any] = {"quoting": csv.QUOTE_NONE}
 
 
 def split(path: str, chunk_bytes: int) -> list[Chunk]:
@@ -44,6 +47,47 @@ def fields(path: str, settings: DataConfig) -> list[str]:
         return _Table(stream, path, settings.max_line_bytes).header()
 
 
+def records(path: str, max_bytes: int, numbers: Collection[str] = ()) -> Iterator[Fields | BadRow]:
+    """Whole rows, for tasks. Columns asked for by number that are no names in the header mean that there is none: the
+    columns are then called ``1``, ``2`` and so on.
+
+    Many .tsv files have no quotes by rule: in one that breaks the rules of quotes, they are characters like others.
+    """
+    check_head(path)
+    with open_text(path) as stream:
+        table = _Table(stream, path, max_bytes, _STRICT if _keeps_to_quotes(path, max_bytes) else _PLAIN)
+        names = table.header()
+        rows = ((table.row_line, row) for row in table)
+        if not set(numbers) <= set(names):
+            rows = chain([(table.row_line, names)], rows)
+            names = [str(number) for number, _ in enumerate(names, 1)]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"column {repeated[0]!r} appears twice", where=f"{path}:1", fix="rename one of them")
+        for line, row in rows:
+            if row and len(row) != len(names):
+                yield BadRow(line, "wrong column count")
+            elif row:
+                yield Fields(dict(zip(names, row, strict=True)), line)
+
+
+def _keeps_to_quotes(path: str, max_bytes: int) -> bool:
+    """False for a .tsv in which text stands behind a closing quote, or a quote is open at the end, or swallows the rest
+    of a row."""
+    if not _has_tabs(path):
+        return True
+    with open_text(path) as stream:
+        table = _Table(stream, path, max_bytes, _STRICT)
+        try:
+            n_columns = len(table.header())
+            return not any(len(row) not in (0, n_columns) and any("\n" in field for field in row) for row in table)
+        except DataError:
+            return False
+
+
+def _has_tabs(path: str) -> bool:
+    return os.path.splitext(path.lower().removesuffix(compression_of(path)))[1] == ".tsv"
+
+
 def _column(header: list[str], field: str, path: str) -> int:
     if header.count(field) == 1:
         return header.index(field)
@@ -56,14 +100,14 @@ class _Table:
     """Rows of a stream, with the line at which each begins. Bytes that are no UTF-8 come out as lone surrogates, which
     ``records.documents`` refuses."""
 
-    def __init__(self, stream: BinaryIO, path: str, limit: int) -> None:
+    def __init__(self, stream: BinaryIO, path: str, limit: int, rules: Mapping[str, Any] | None = None) -> None:
+        """``rules``: further arguments of ``csv.reader``."""
         self.row_line, self._path, self._limit = 1, path, limit
         self._stream = stream
         self._line, self._row_bytes, self._ended = 0, 0, False
         # a limit of the whole process; a higher one harms nobody, since rows are bounded here
         csv.field_size_limit(max(csv.field_size_limit(), limit))
-        tabs = os.path.splitext(path.lower().removesuffix(compression_of(path)))[1] == ".tsv"
-        self._reader = csv.reader(self._lines(), delimiter="\t" if tabs else ",")
+        self._reader = csv.reader(self._lines(), delimiter="\t" if _has_tabs(path) else ",", **rules or {})
 
     def header(self) -> list[str]:
         """The first row that is not blank."""

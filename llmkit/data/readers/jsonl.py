@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import islice
+from typing import Any
 
-from llmkit.data.readers.records import BadRow, Chunk, Document, Refused, documents
-from llmkit.data.readers.streams import byte_ranges, first_line, lines, open_chunk, open_text
+from llmkit.data.readers.records import BadRow, Chunk, Document, Fields, Refused, documents
+from llmkit.data.readers.streams import byte_ranges, check_head, first_line, lines, open_chunk, open_text
 from llmkit.settings import DataConfig
 
-__all__ = ["COMPRESSED", "SUFFIXES", "fields", "first_line", "read", "split"]
+__all__ = ["COMPRESSED", "SUFFIXES", "fields", "first_line", "read", "records", "split"]
 
 SUFFIXES = (".jsonl", ".ndjson")
 COMPRESSED = True
@@ -48,7 +49,21 @@ def fields(path: str, settings: DataConfig) -> set[str]:
     return found
 
 
-def _row(raw: bytes) -> dict[str, object]:
+def records(path: str, max_bytes: int, numbers: Collection[str] = ()) -> Iterator[Fields | BadRow]:
+    """Whole objects, for tasks. ``numbers`` has no meaning here."""
+    check_head(path)
+    with open_text(path) as stream:
+        for line, raw in enumerate(lines(stream, max_bytes), 1):
+            if raw is None:
+                yield BadRow(line, "over-long line")
+            elif not raw.isspace():
+                try:
+                    yield Fields(_row(raw), line)
+                except Refused as refused:
+                    yield BadRow(line, refused.reason)
+
+
+def _row(raw: bytes) -> dict[str, Any]:
     try:
         row = json.loads(raw.decode())
     except UnicodeDecodeError:

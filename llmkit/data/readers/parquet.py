@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from llmkit.data.readers.records import BadRow, Chunk, Document, documents
+from llmkit.data.readers.records import BadRow, Chunk, Document, Fields, documents
 from llmkit.data.readers.streams import open_file
 from llmkit.errors import DataError, missing_extra
 from llmkit.settings import DataConfig
@@ -40,6 +40,21 @@ def read(chunk: Chunk, settings: DataConfig) -> Iterator[Document | BadRow]:
             for value in batch.column(0):
                 row += 1
                 yield from _documents(value, row, settings.max_document_bytes)
+
+
+def records(path: str, max_bytes: int, numbers: Collection[str] = ()) -> Iterator[Fields | BadRow]:
+    """Whole rows, for tasks; ``line`` is the row, from 1. A row that is no UTF-8 is a bad one, so rows are converted
+    one by one. ``max_bytes`` and ``numbers`` have no meaning here."""
+    with _Opened(path) as table:
+        names = table.schema_arrow.names
+        row = 0
+        for batch in _guarded(table.iter_batches(batch_size=_BATCH_ROWS, use_threads=False), path):
+            for values in zip(*batch.columns, strict=True):
+                row += 1
+                try:
+                    yield Fields({name: value.as_py() for name, value in zip(names, values, strict=True)}, row)
+                except UnicodeDecodeError:
+                    yield BadRow(row, "invalid utf-8")
 
 
 def first_line(chunk: Chunk) -> int:

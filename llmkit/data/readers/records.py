@@ -10,9 +10,9 @@ Rules for the text of one row or section:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Reason = Literal[
     "broken json",
@@ -57,6 +57,15 @@ class BadRow:
 
     line: int
     reason: Reason
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """A record with all its fields, by column. ``line`` counts from 1 in the file; ``item`` in a list of records."""
+
+    values: Mapping[str, Any]
+    line: int
+    item: int | None = None
 
 
 class Refused(Exception):

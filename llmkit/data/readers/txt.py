@@ -8,13 +8,13 @@ longer than a section, that section. Sections of nothing but whitespace are no d
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
-from llmkit.data.readers.records import BadRow, Chunk, Document, Reason, cut_point
-from llmkit.data.readers.streams import byte_ranges, first_line, open_chunk
+from llmkit.data.readers.records import BadRow, Chunk, Document, Fields, Reason, cut_point
+from llmkit.data.readers.streams import byte_ranges, check_head, first_line, lines, open_chunk, open_text
 from llmkit.settings import DataConfig
 
-__all__ = ["COMPRESSED", "SUFFIXES", "first_line", "read", "split"]
+__all__ = ["COMPRESSED", "SUFFIXES", "first_line", "read", "records", "split"]
 
 SUFFIXES = (".txt",)
 COMPRESSED = True
@@ -36,6 +36,22 @@ def read(chunk: Chunk, settings: DataConfig) -> Iterator[Document | BadRow]:
             yield from _section(data[:size], line, cut=goes_on or not at_end)
             line += data.count(b"\n", 0, size)
             data = data[size:]
+
+
+def records(path: str, max_bytes: int, numbers: Collection[str] = ()) -> Iterator[Fields | BadRow]:
+    """For tasks every line is a record with the one column ``text``, empty lines too: files may be line-aligned.
+
+    ``numbers`` has no meaning here.
+    """
+    check_head(path)
+    with open_text(path) as stream:
+        for line, raw in enumerate(lines(stream, max_bytes), 1):
+            if raw is None:
+                yield BadRow(line, "over-long line")
+                continue
+            reason = _refusal(raw)
+            text = raw.decode(errors="replace").removesuffix("\n").removesuffix("\r")
+            yield Fields({"text": text}, line) if reason is None else BadRow(line, reason)
 
 
 def _section(data: bytes, line: int, *, cut: bool) -> Iterator[Document | BadRow]:

@@ -50,6 +50,8 @@ def save_gguf(model: nn.Module, path: Path, *, kind: Kind, tokenizer_fields: Map
     """
     gguf = package()
     config: Any = model.config
+    if hasattr(model, "task_head"):
+        raise ConfigError("GGUF has no place for a task head", where="format", fix="format=hf")
     family, architecture = _chosen(config)
     places = list(_places(family.rows(config, list(state := dict(model.named_parameters()))), state, kind))
     metadata = _metadata(config, family, architecture, places)

@@ -67,9 +67,21 @@ REASONS = {  # types that are near one llmkit has
 }
 
 
+def fitting_family(config: ModelConfig) -> Family | None:
+    """The family a model is saved as; None for a model of another library, which that library saves."""
+    fitting = (family for family in FAMILIES if isinstance(config, family.config) and family.fits(config))
+    return next(fitting, None)
+
+
 def family_of(config: ModelConfig) -> Family:
-    """The family a model is saved as."""
-    return next(family for family in FAMILIES if isinstance(config, family.config) and family.fits(config))
+    """The family a model is saved as. Raises ``CheckpointError`` for a model of another library."""
+    family = fitting_family(config)
+    if family is None:
+        raise CheckpointError(
+            f"llmkit has no table of tensor names for a {type(config).__name__}",
+            fix="models of model=transformers are saved and opened by transformers",
+        )
+    return family
 
 
 def family_named(model_type: Any, where: str) -> Family:

@@ -14,7 +14,9 @@ from llmkit.models.hf import own
 from llmkit.models.hf.families import family_of
 from llmkit.models.hf.family import Family
 from llmkit.models.hf.rows import Row, export
+from llmkit.models.hf.task_heads import is_output_layer, saved_as, write_head
 from llmkit.models.hf.weight_files import INDEX, Layout, kind_of, write_tensors
+from llmkit.models.hf.wrapped_heads import save_wrapped_head
 from llmkit.models.transformers_config import TransformersConfig
 
 if TYPE_CHECKING:
@@ -36,29 +38,43 @@ def save_model(
 ) -> None:
     """Write config, weights and generation config into ``folder`` (made if absent; weights in it are replaced).
 
-    Weights keep their type; a tied head is left out; above ``max_shard_bytes`` they are split into shards. Only one
-    tensor is copied at a time. Raises ``CheckpointError`` when the disk refuses.
+    Weights keep their type. A tied head is left out, and so are the output layers that a task head does not read where
+    its class in transformers has none. Above ``max_shard_bytes`` there are shards. Only one tensor is copied at a time.
+    Raises ``CheckpointError`` when the disk refuses.
     """
     architecture: ModelConfig = model.config  # type: ignore[assignment]
     if isinstance(architecture, TransformersConfig):
         from llmkit.models.transformers_files import save_wrapped
 
         save_wrapped(model, folder, bos_id, eos_id, pad_id, max_shard_bytes)
+        try:
+            save_wrapped_head(model, folder)
+        except OSError as error:
+            raise CheckpointError(f"the head could not be written: {error}", where=str(folder)) from error
         return
-    family = family_of(architecture)
+    head: Any = getattr(model, "task_head", None)
+    family, table = (
+        (family_of(architecture), None) if head is None else saved_as(architecture, head.config.kind, head.shape)
+    )
     family = family.for_padding(pad_id) if family.for_padding else family
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
     if architecture.kind == "encoder_decoder" and pad_id is not None:
         start = getattr(architecture, "start_id", None)
         ids["decoder_start_token_id"] = pad_id if start is None else start
+    if head is not None and architecture.kind == "decoder" and pad_id == eos_id:
+        ids["pad_token_id"] = None  # transformers takes the last token that is not padding, and rows end with eos
     state = dict(model.named_parameters())
+    rows = family.rows(architecture, list(state))
+    if table is not None:
+        rows = [*(row for row in rows if not is_output_layer(row.parts[0])), *table.rows(state)]
+    answer = {} if head is None else write_head(head.config, head.shape, table, type(model).__name__)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "config.json", {**ids, **_config(model, architecture, family)})
+        _write_json(folder / "config.json", {**ids, **_config(model, architecture, family), **answer})
         _write_json(
             folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None}
         )
-        _write_weights(family.rows(architecture, list(state)), state, folder, max_shard_bytes)
+        _write_weights(rows, state, folder, max_shard_bytes)
     except OSError as error:
         raise CheckpointError(f"the model could not be written: {error}", where=str(folder)) from error
 

@@ -93,7 +93,7 @@ def list_tensors(folder: Path) -> list[Stored]:
     """All tensors of a folder, each name once; the headers are read, no value is. Raises ``CheckpointError``."""
     single, index = folder / WEIGHTS, folder / INDEX
     if _is_there(single):
-        return list(_tensors_in(single))
+        return list(tensors_in(single))
     if _is_there(index):
         return _tensors_of_shards(index)
     if any(next(folder.glob(pattern), None) for pattern in PICKLES):
@@ -103,6 +103,19 @@ def list_tensors(folder: Path) -> list[Stored]:
             fix="where you trust it, convert it: AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)",
         )
     raise CheckpointError(f"there is no {WEIGHTS}", where=str(folder))
+
+
+def tensors_in(path: Path) -> Iterator[Stored]:
+    """What one safetensors file holds; its header is read, no value is. Raises ``CheckpointError``."""
+    try:
+        inside(path)
+        header, start = _header(path)
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise CheckpointError(f"{path.name} is not a readable safetensors file: {error}", where=str(path)) from error
+    for name, entry in header.items():
+        if name != "__metadata__":
+            begin, end = entry["data_offsets"]
+            yield Stored(path, name, entry["dtype"], tuple(entry["shape"]), start + begin, end - begin)
 
 
 def read_tensor(stored: Stored) -> Tensor:
@@ -170,18 +183,6 @@ def _is_there(path: Path) -> bool:
     return path.is_symlink() or path.exists()
 
 
-def _tensors_in(path: Path) -> Iterator[Stored]:
-    try:
-        inside(path)
-        header, start = _header(path)
-    except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise CheckpointError(f"{path.name} is not a readable safetensors file: {error}", where=str(path)) from error
-    for name, entry in header.items():
-        if name != "__metadata__":
-            begin, end = entry["data_offsets"]
-            yield Stored(path, name, entry["dtype"], tuple(entry["shape"]), start + begin, end - begin)
-
-
 def _header(path: Path) -> tuple[dict[str, Any], int]:
     """The header, and where the values begin."""
     with path.open("rb") as file:
@@ -209,7 +210,7 @@ def _tensors_of_shards(index: Path) -> list[Stored]:
         raise CheckpointError("weight_map must name a file for every tensor", where=str(index))
     found: dict[str, Stored] = {}
     for name in sorted(set(places.values())):
-        for stored in _tensors_in(_shard(index, name)):
+        for stored in tensors_in(_shard(index, name)):
             if stored.name in found:
                 first = found[stored.name].path.name
                 raise CheckpointError(f"tensor {stored.name} is in {first} and in {name}", where=str(index))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from llmkit.settings import DeviceConfig, GenerationConfig
 from llmkit.tokenizers.load import load_tokenizer
 from llmkit.tokenizers.sentencepiece import SentencePieceSpec
 from tests.unit.models.tiny import built, llama
+from tests.unit.models.tiny_seq2seq import built as built_seq2seq
+from tests.unit.models.tiny_seq2seq import t5
 
 SETTINGS = GenerationConfig(
     max_new_tokens=12,
@@ -27,6 +30,9 @@ SETTINGS = GenerationConfig(
     top_k=None,
     top_p=None,
     repetition_penalty=1.0,
+    no_repeat_ngram_size=None,
+    n_beams=1,
+    length_penalty=1.0,
     stop=[],
     seed=0,
     use_cache=True,
@@ -127,3 +133,25 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -
     save_model(built(replace(llama(), vocab_size=64)), tmp_path)
     with pytest.raises(DataError, match="ids, the embedding 64 rows"):
         run(config(tmp_path), arguments(["a"]))
+
+
+@pytest.mark.parametrize(
+    ("n_sentinels", "prompt", "hint"),
+    [
+        (3, "the [MASK] sat", "reads [MASK] as plain text: write <extra_id_0>"),
+        (3, "the <mask> sat", "reads <mask> as plain text: write <extra_id_0>"),
+        (0, "the [MASK] sat", "reads [MASK] as plain text: it fills no gaps"),
+        (3, "the <extra_id_0> sat", ""),
+    ],
+)
+def test_a_mask_for_an_encoder_decoder(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, n_sentinels: int, prompt: str, hint: str
+) -> None:
+    spec = SentencePieceSpec("bpe", 300, None, 1.0, False, [], n_sentinels, 10_000)
+    tokenizer = spec.train(["the cat sat on the mat and the dog ran"] * 20, tmp_path)
+    model = built_seq2seq(t5(vocab_size=tokenizer.vocab_size))
+    save_model(model, tmp_path, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    with caplog.at_level(logging.WARNING, logger="llmkit"):
+        assert run(config(tmp_path), arguments([prompt])) == 0
+    assert hint in caplog.text
+    assert bool(hint) == ("plain text" in caplog.text)

@@ -15,6 +15,7 @@ from llmkit.engine.optim import AdamW
 from llmkit.errors import ConfigError
 
 ADAMW = {"_target_": "llmkit.engine.optim.AdamW", "lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+ADAMW |= {"layer_decay": 1.0}
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +25,7 @@ def _allowed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_node_of_llmkit() -> None:
-    assert build(ADAMW) == AdamW(lr=1e-3, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1)
+    assert build(ADAMW) == AdamW(lr=1e-3, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1, layer_decay=1.0)
 
 
 def test_runtime_arguments_go_to_those_that_name_them() -> None:

@@ -79,6 +79,7 @@ OTHER = {
     "data.path": "x", "data.weights": "[1]", "data.val_path": "x", "data.val_fraction": "0.1", "data.text_field": "x",
     "data.max_document_bytes": "99", "data.max_line_bytes": "9999", "data.max_bad_fraction": "0.5",
     "data.deduplicate": "true", "optim.lr": "1", "optim.betas": "[0,0]", "optim.eps": "1", "optim.weight_decay": "1",
+    "optim.layer_decay": "0.5",
     "schedule.warmup_steps": "1", "schedule.min_lr_ratio": "0", "schedule.decay_fraction": "0.5",
     "objective.label_smoothing": "0.1", "objective.z_loss": "0.1", "model.d_model": "128", "model.dropout": "0.1",
     "tokenizer.vocab_size": "512", "add_tokens": "[a]",

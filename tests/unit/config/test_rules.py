@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from llmkit.config.choices import recipes_dir
 from llmkit.config.rules import RULES
 from tests.unit.config.helpers import checked, problems
 
@@ -18,6 +21,7 @@ BROKEN = {
     "context": (["data.seq_len=512"], "data.seq_len"),
     "vocabulary": (["model.vocab_size=4000"], "model.vocab_size"),
     "trainable": (["objective=masked_lm", "tokenizer=wordpiece"], "objective"),
+    "pair_rows": (["recipe=bert_tiny", "data.seq_len=15"], "data.seq_len"),
     "symbols": (["objective=fill_in_the_middle"], "tokenizer"),
     "architecture": (["model=transformers"], "model.model_type"),
     "weights": (["data.path=[a,b]", "data.weights=[1]"], "data.weights"),
@@ -85,3 +89,54 @@ def test_warmup_is_compared_with_the_tokens_too(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_rule_whose_value_is_already_wrong_is_silent() -> None:
     assert list(problems("engine.max_steps=none", "schedule.warmup_steps=10000")) == ["engine.max_steps"]
+
+
+def test_a_recipe_whose_model_was_exchanged() -> None:
+    """What the recipe says of its own model is one mistake, and the recipes of the new one are offered."""
+    found = problems("recipe=bert_tiny", "model=llama", "model.d_modell=3")
+    assert set(found) == {"model", "model.d_modell", "objective"}
+    assert "model.n_segments, model.pooler" in found["model"].what
+    assert "recipe=bert_tiny" in found["model"].what
+    assert "recipe=llama_1b|llama_tiny|shakespeare" in found["model"].fix
+    assert "model.d_model?" in found["model.d_modell"].fix
+    assert found["objective"].fix.startswith("recipe=llama_1b|llama_tiny|shakespeare is made for model=llama; else ")
+
+
+def test_recipes_of_the_usual_option_are_offered_too() -> None:
+    found = problems("recipe=gpt_tiny", "optim=adamw")
+    assert set(found) == {"optim"}
+    assert "gpt_small" in found["optim"].fix
+    assert "gpt_tiny" not in found["optim"].fix
+
+
+def test_a_recipe_without_a_home_is_left_out(tmp_path: Path) -> None:
+    """No recipe is made for the model; and what the model's own file has wrong is no matter of the recipe."""
+    found = problems("recipe=bert_tiny", "model=lstm_seq2seq")
+    assert found["model"].fix == "write a recipe of your own, or leave model=lstm_seq2seq out"
+    (tmp_path / "model").mkdir()
+    lines = (recipes_dir() / "model" / "llama.yaml").read_text()
+    (tmp_path / "model" / "mine.yaml").write_text(lines + "\nd_modell: 3\n")
+    mine = problems("recipe=llama_tiny", "model=mine", config_dir=tmp_path)
+    assert "model.d_model?" in mine["model.d_modell"].fix
+    own = tmp_path / "own.yaml"
+    own.write_text("defaults:\n  - override /model: bert\nmodel:\n  n_segments: 2\n")
+    assert "model.n_segments" in problems(f"recipe={own}", "model=llama")["model"].what
+
+
+@pytest.mark.parametrize(
+    ("overrides", "command", "is_wrong"),
+    [
+        (["recipe=bert_tiny", "data.seq_len=16"], "pretrain", False),
+        (["recipe=bert_tiny", "data.seq_len=null", "model.max_seq_len=12"], "pretrain", True),
+        (["recipe=bert_tiny", "data.seq_len=8", "objective=sentence_order"], "pretrain", True),
+        (["init=runs/x", "recipe=bert_tiny", "data.seq_len=8"], "pretrain", True),
+        (["init=runs/x", "recipe=bert_tiny", "data.seq_len=null"], "pretrain", False),
+        (["recipe=gpt_tiny", "data.seq_len=8"], "pretrain", False),
+        (["init=runs/x", "objective=next_sentence", "data.seq_len=8"], "evaluate", True),
+        (["init=runs/x", "data.seq_len=8"], "evaluate", False),
+    ],
+)
+def test_rows_that_hold_no_pair(overrides: list[str], command: str, is_wrong: bool) -> None:
+    found = problems(*overrides, command=command)
+    assert set(found) == ({"data.seq_len"} if is_wrong else set())
+    assert not is_wrong or found["data.seq_len"].fix == "set data.seq_len to at least 16"

@@ -85,6 +85,14 @@ def test_changed_files_are_named(cache: Path, tmp_path: Path) -> None:
     assert run(config(folder, cache)).reason == f"rebuilt: {folder / 'b.txt'} is gone, {folder / 'c.txt'} is new"
 
 
+def test_a_file_that_this_command_does_not_name_is_not_called_gone(cache: Path, tmp_path: Path) -> None:
+    path, val = write_jsonl(tmp_path / "a.jsonl", ["a", "b"]), write_jsonl(tmp_path / "val.jsonl", ["c"])
+    run(config(path, cache, val_path=str(val)))
+    assert run(config(path, cache)).reason == f"rebuilt: {val} is not named this time"
+    before = {"files\nval\nbuiltin:python_docs": "its mark"}
+    assert entries._change(*before, before, {}) == "builtin:python_docs is not named this time"
+
+
 def flip(path: Path, *, keep_time: bool = False) -> None:
     raw, stat = bytearray(path.read_bytes()), path.stat()
     raw[-1] ^= 1

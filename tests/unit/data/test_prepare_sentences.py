@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def test_ids_and_older_entries_stay_as_they_are(tmp_path: Path, cache: Path) -> 
     key = sources.inputs_of(data, sources.find(data), ByteSpec().key(), sentences=False)
     assert list(key) == ["version", "chunk_bytes", "data", "tokenizer", "files"]
     with_sentences = run(data, sentences=True)
-    assert with_sentences.reason == "rebuilt: sentences None -> 2"
+    assert with_sentences.reason == "rebuilt: sentences None -> 3"
     assert run(data).folder == plain.folder
     assert run(data, sentences=True).reused
     before, after = contents(plain.folder), contents(with_sentences.folder)
@@ -154,18 +155,83 @@ def test_sections_of_a_text_are_known(tmp_path: Path, cache: Path, max_train_byt
     assert flags(prepared.train[0], GOES_ON) == [not begin for begin in begins]
 
 
-def test_sections_of_a_split_text_join_only_their_own(tmp_path: Path, cache: Path) -> None:
-    """The sections of a text fall on both sides; a split holds some texts in part only."""
-    texts = [" ".join(f"Number {n} says {k}." for k in range(12)) for n in range(80)]
-    prepared = run(config(write_jsonl(tmp_path / "a.jsonl", texts), cache, max_document_bytes=64, val_fraction=0.3),
-                   sentences=True)  # fmt: skip
+NUMBERED = ["\n".join(f"Number {n} says {k}." for k in range(3 + n % 9)) for n in range(80)]
+
+
+def numbers_of(shards: TokenShards) -> list[str]:
+    """The text that each document of a split is a section of; checks that it is of one."""
+    owners = [re.findall(r"Number (\d+)", text) for text in texts_of(shards)]
+    assert all(len(set(owner)) == 1 for owner in owners)
+    return [owner[0] for owner in owners]
+
+
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("max_train_bytes", [1, 1 << 20], ids=["read twice", "from the sample"])
+@pytest.mark.parametrize("n_texts", [80, 8], ids=["many", "few"])
+@pytest.mark.parametrize("form", ["jsonl", "txt"])
+def test_a_text_is_on_one_side(tmp_path: Path, cache: Path, form: str, n_texts: int, max_train_bytes: int) -> None:
+    """Although it is cut, and its sections are read by different processes."""
+    if form == "jsonl":
+        write_jsonl(tmp_path / "a.jsonl", NUMBERED[:n_texts])
+    for n in range(n_texts if form == "txt" else 0):
+        (tmp_path / f"{n:02d}.txt").write_text("\n".join([NUMBERED[n]] * 5))
+    data = config(
+        tmp_path / ("a.jsonl" if form == "jsonl" else "*.txt"), cache, max_document_bytes=64, val_fraction=0.3
+    )
+    prepared = run(data, ByteSpec(max_train_bytes=max_train_bytes), sentences=True)
     assert prepared.val is not None
-    for shards in (*prepared.train, prepared.val):
-        owners = [re.findall(r"Number (\d+)", " ".join(sentences)) for sentences in stored(shards)]
-        assert all(len(set(owner)) == 1 for owner in owners)
-        numbers = [owner[0] for owner in owners]
+    train, val = numbers_of(prepared.train[0]), numbers_of(prepared.val)
+    assert set(train).isdisjoint(val)
+    assert len(set(train)) + len(set(val)) == n_texts
+    assert 0.1 < prepared.val.n_bytes / (prepared.val.n_bytes + prepared.train[0].n_bytes) < 0.4
+    for shards, numbers in ((prepared.train[0], train), (prepared.val, val)):
         assert len(numbers) > len(set(numbers))
         assert flags(shards, GOES_ON) == [False, *(a == b for a, b in pairwise(numbers))]
+    assert prepared.report["tokenizer"]["n_documents"] == len(val), "the scan knew some of them for training text"
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_processes_do_not_decide_the_side_of_a_text(tmp_path: Path, cache: Path) -> None:
+    for n in range(12):
+        (tmp_path / f"{n:02d}.txt").write_text("\n".join([NUMBERED[n]] * 9))
+    data = config(tmp_path / "*.txt", cache, max_document_bytes=64, val_fraction=0.3)
+    one, two = (
+        run(replace(data, cache_dir=str(cache / str(n)), n_workers=n), ByteSpec(max_train_bytes=1), sentences=True)
+        for n in (1, 2)
+    )
+    assert contents(one.folder) == contents(two.folder)
+    assert one.report["leaks"] == two.report["leaks"]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_a_single_text_is_split_between_its_sections(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "a.txt").write_text("".join(f"This is sentence {n} of a text.\n" for n in range(200)))
+    data = config(tmp_path / "a.txt", cache, max_document_bytes=64, val_fraction=0.2)
+    prepared = run(data, ByteSpec(max_train_bytes=1), sentences=True)
+    assert prepared.val is not None
+    assert 0.1 < prepared.val.n_bytes / (prepared.val.n_bytes + prepared.train[0].n_bytes) < 0.3
+    assert all(flags(prepared.val, GOES_ON)[1:])
+    assert prepared.report["tokenizer"]["n_documents"] == prepared.val.n_documents
+    assert texts_of(prepared.val) == texts_of(run(data).val)
+
+
+def test_without_sentences_sections_are_split(tmp_path: Path, cache: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", NUMBERED)
+    prepared = run(config(path, cache, max_document_bytes=64, val_fraction=0.3))
+    assert prepared.val is not None
+    assert not set(numbers_of(prepared.train[0])).isdisjoint(numbers_of(prepared.val))
+
+
+@pytest.mark.parametrize("deduplicate", [False, True])
+def test_sections_that_stand_on_both_sides_are_counted(tmp_path: Path, cache: Path, deduplicate: bool) -> None:
+    """Whole texts are on one side, but a section may be one of another text as well."""
+    texts = [f"The text of number {n:02d} begins in its own way, here it does.\nAnd all end alike." for n in range(60)]
+    data = config(write_jsonl(tmp_path / "a.jsonl", texts), cache, max_document_bytes=64, val_fraction=0.3)
+    prepared = run(replace(data, deduplicate=deduplicate), sentences=True)
+    assert prepared.val is not None
+    n_alike = texts_of(prepared.val).count("And all end alike.")
+    assert prepared.report["leaks"]["n_exact"] == (0 if deduplicate else n_alike)
+    assert deduplicate or n_alike > 5
 
 
 def test_a_text_that_goes_on_in_the_next_chunk(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

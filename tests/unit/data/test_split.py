@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmkit.data import split
-from llmkit.data.split import belongs_to_val, choose_rule, n_shared, repeated, wanted_bound
+from llmkit.data.split import belongs_to_val, choose_rule, n_shared, repeated, text_keys, wanted_bound
 from llmkit.errors import DataError
 
 quick = settings(max_examples=50, derandomize=True, deadline=None)
@@ -83,3 +83,22 @@ def test_equal_documents_cannot_be_split() -> None:
 def test_everything_below_the_bound_leaves_one_document_to_train_on() -> None:
     hashes = array(list(range(1, 41)))
     assert belongs_to_val(hashes, choose_rule(hashes, hashes, 0.5)).sum() == 39
+
+
+@quick
+@given(
+    st.lists(st.tuples(st.integers(0, 2**64 - 1), st.booleans()), max_size=12), st.none() | st.integers(0, 2**64 - 1)
+)
+def test_the_first_section_names_a_text(documents: list[tuple[int, bool]], before: int | None) -> None:
+    expected, key = [], before
+    for value, is_cut in documents:
+        expected.append(value if key is None else key)
+        key = expected[-1] if is_cut else None
+    hashes, cut = array([value for value, _ in documents]), np.array([is_cut for _, is_cut in documents], bool)
+    assert text_keys(hashes, cut, None if before is None else np.uint64(before)).tolist() == expected
+
+
+def test_few_texts_of_many_sections_are_split_by_their_size() -> None:
+    keys = np.repeat(array([5, 2**63, 2**64 - 9]), (800, 100, 700))
+    rule = choose_rule(keys, np.ones_like(keys), 0.1, n_texts=3)
+    assert belongs_to_val(keys, rule).nonzero()[0].tolist() == list(range(800, 900))

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from llmkit.engine import optim
 from llmkit.engine.muon import MuonOptimizer, orthogonalise
-from llmkit.errors import CheckpointError
+from llmkit.errors import CheckpointError, ConfigError
+from llmkit.models.adapter_config import LoraConfig
+from llmkit.models.adapters import attach
+from llmkit.models.head_config import HeadConfig
+from llmkit.models.heads import attach_head
+from tests.unit.models.test_encoder_config import bert
+from tests.unit.models.tiny import gpt2
 
 
 class TinyModel(nn.Module):
@@ -31,8 +40,16 @@ class TinyModel(nn.Module):
 
 
 SPECS = [
-    optim.AdamW(lr=1e-2, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1),
-    optim.Muon(lr=1e-2, momentum=0.95, weight_decay=0.1, adamw_lr=1e-3, adamw_betas=[0.9, 0.95], adamw_eps=1e-8),
+    optim.AdamW(lr=1e-2, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1, layer_decay=1.0),
+    optim.Muon(
+        lr=1e-2,
+        momentum=0.95,
+        weight_decay=0.1,
+        adamw_lr=1e-3,
+        adamw_betas=[0.9, 0.95],
+        adamw_eps=1e-8,
+        layer_decay=1.0,
+    ),
 ]
 
 
@@ -147,5 +164,65 @@ def test_missing_and_unknown_state_are_named() -> None:
 
 
 def test_problems_name_the_field() -> None:
-    bad = optim.AdamW(lr=0.0, betas=[0.9, 1.0], eps=1e-8, weight_decay=-1.0)
-    assert [field for field, _ in bad.problems()] == ["lr", "weight_decay", "betas"]
+    bad = optim.AdamW(lr=0.0, betas=[0.9, 1.0], eps=1e-8, weight_decay=-1.0, layer_decay=0.0)
+    assert [field for field, _ in bad.problems()] == ["layer_decay", "lr", "weight_decay", "betas"]
+    for wrong in (1.5, -0.1, float("nan")):
+        muon = replace(SPECS[1], layer_decay=wrong)
+        assert [field for field, _ in muon.problems()] == ["layer_decay"]
+
+
+# -- discriminative learning rates, frozen weights ------------------------------------------------------------------
+
+
+def rate_of(optimizer: torch.optim.Optimizer) -> dict[int, float]:
+    return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: type(s).__name__)
+def test_each_layer_has_its_share_of_the_rate(spec: Any) -> None:
+    """Layer by layer against the closed form; decay stays on matrices, and the schedule multiplies all."""
+    model = gpt2(tie_embeddings=False).build()
+    optimizer = replace(spec, layer_decay=0.5).build(model)
+    optim.remember_peak_lr(optimizer)
+    optim.set_lr(optimizer, 0.1)
+    rates, named = rate_of(optimizer), dict(model.named_parameters())
+    hidden = getattr(spec, "adamw_lr", spec.lr)
+    for name, layers_above in (("head.weight", 0), ("norm.bias", 0), ("blocks.1.mlp_norm.weight", 1)):
+        assert rates[id(named[name])] == pytest.approx(0.1 * hidden * 0.5**layers_above)
+    for layer, layers_above in ((1, 1), (0, 2)):
+        assert rates[id(named[f"blocks.{layer}.mlp.up.weight"])] == pytest.approx(0.1 * spec.lr * 0.5**layers_above)
+    assert rates[id(named["embedding.weight"])] == pytest.approx(0.1 * hidden * 0.5**3)
+    assert rates.keys() == {id(p) for p in named.values()}
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert all(decays[id(p)] == (0.1 if p.dim() >= 2 else 0.0) for p in named.values())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: type(s).__name__)
+def test_a_decay_of_one_changes_nothing(spec: Any) -> None:
+    groups = replace(spec, layer_decay=1.0).build(TinyModel()).param_groups
+    assert len(groups) == (3 if isinstance(spec, optim.Muon) else 2)
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: type(s).__name__)
+def test_only_what_is_trained_has_a_state(spec: Any) -> None:
+    """Adapters alone: Muon is then by itself. With nothing to train the user is told."""
+    model = gpt2().build()
+    model.init_weights(0)
+    attach(model, LoraConfig(2, 4, 0.0, ["q"], False, False, False, False), seed=0)
+    optimizer = spec.build(model)
+    model(torch.zeros(1, 3, dtype=torch.int64)).sum().backward()
+    optimizer.step()
+    state = optim.state_tensors(optimizer, model.named_parameters())
+    assert {name.rpartition("/")[0] for name in state} == {n for n, _ in model.named_parameters() if ".lora_" in n}
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="no weight is left"):
+        spec.build(model)
+
+
+def test_a_task_head_is_no_hidden_matrix() -> None:
+    model = bert().build()
+    attach_head(model, HeadConfig("class", ("a", "b")), seed=0)
+    hidden, rest = optim.split_hidden_matrices(model)
+    head = {id(p) for p in model.task_head.parameters()}
+    assert not head & {id(p) for p in hidden}
+    assert head <= {id(p) for p in rest}

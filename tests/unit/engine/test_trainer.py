@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmkit.engine.best_metric import BestMetric
 from llmkit.engine.device import make_accelerator
 from llmkit.engine.evaluate import EvalSet, TrainModule, evaluate
 from llmkit.engine.launch import refuse_solo_runs
@@ -117,13 +118,14 @@ def make_trainer(engine: EngineConfig, recorder: Recorder, model: nn.Module, **c
     options: dict[str, Any] = dict(
         accelerator=make_accelerator(engine),
         module=TrainModule(model, PlainLoss()),
-        optimizer=AdamW(lr=0.05, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1).build(model),
+        optimizer=AdamW(lr=0.05, betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1, layer_decay=1.0).build(model),
         schedule=Linear(2, min_lr_ratio=0.1),
         engine=engine,
         seed=3,
         global_batch_size=engine.micro_batch_size * engine.grad_accum_steps,
         load_step=loader(engine),
         eval_sets={"val": EvalSet(val_batches, 100)},
+        best_metric=BestMetric.of(engine.best_metric),
         evaluate_first=False,
         record=recorder.record,
         save=recorder.save,
@@ -346,7 +348,7 @@ def test_each_loss_is_divided_by_its_own_count(size: int, accum: int) -> None:
     data = trainer.load_step(0)
     batches = [replace(part, n_pairs=part.input_ids.shape[0]) for part in data.batches]
     counts = trainer._counts(batches)
-    assert counts == {"token": batch.n_targets, "pair": 8}
+    assert counts == {"token": batch.n_targets, "pair": 8, "example": 0}
     totals = trainer._backward(batches, counts)
     ours, theirs = trainer.module.model.table.weight.grad, reference.table.weight.grad
     assert (ours - theirs).norm() / theirs.norm() < 1e-6

@@ -22,6 +22,8 @@ from llmkit.errors import CheckpointError
 from llmkit.models.config import DecoderConfig
 from llmkit.models.decoder import Decoder
 from llmkit.models.hf import load_config, load_model, save_model
+from llmkit.models.hf.families import family_of, fitting_family
+from llmkit.models.transformers_config import TransformersConfig
 from tests.parity.odd_decoders import FAMILIES
 from tests.unit.models.test_config import configs
 from tests.unit.models.tiny import built, gpt2, llama
@@ -346,3 +348,11 @@ def test_a_disk_that_refuses_is_a_checkpoint_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="could not be written"):
         saved(tmp_path / "file", llama())
+
+
+def test_a_model_of_another_library_has_no_family() -> None:
+    config = TransformersConfig("causal_lm", "opt", {}, 77, 40)
+    assert fitting_family(config) is None
+    with pytest.raises(CheckpointError, match="no table of tensor names for a TransformersConfig"):
+        family_of(config)
+    assert fitting_family(llama()) is family_of(llama())

@@ -332,6 +332,7 @@ def test_generated_text_is_the_same_with_and_without_a_cache(config: LSTMConfig)
     for use_cache in (True, False):
         settings = GenerationConfig(
             **{"max_new_tokens": 24, "temperature": 0.0, "top_k": None, "top_p": None, "repetition_penalty": 9.0},
+            **{"no_repeat_ngram_size": None, "n_beams": 1, "length_penalty": 1.0},
             **{"stop": [], "seed": 0, "use_cache": use_cache},
         )
         texts.append(generate(model, tokenizer, ["One", "", "A longer prompt, and"], settings, device="cpu"))

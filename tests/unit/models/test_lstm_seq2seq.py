@@ -257,6 +257,7 @@ def test_generated_text_is_the_same_with_and_without_a_cache(config: LSTMSeq2Seq
     for use_cache in (True, False):
         settings = GenerationConfig(
             **{"max_new_tokens": 24, "temperature": 0.0, "top_k": None, "top_p": None, "repetition_penalty": 9.0},
+            **{"no_repeat_ngram_size": None, "n_beams": 1, "length_penalty": 1.0},
             **{"stop": [], "seed": 0, "use_cache": use_cache},
         )
         texts.append(generate(model, Bytes(), prompts, settings, device="cpu"))

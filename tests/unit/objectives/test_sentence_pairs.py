@@ -108,7 +108,7 @@ def test_collation_follows_the_rule(shapes: list[list[tuple[int, int, int]]]) ->
     assert batch.pair_starts.tolist() == starts
     assert batch.pair_labels.tolist() == labels
     assert batch.n_pairs == len(starts)
-    assert batch.counts == {"token": int((batch.labels != IGNORE_INDEX).sum()), "pair": len(starts)}
+    assert batch.counts == {"token": int((batch.labels != IGNORE_INDEX).sum()), "pair": len(starts), "example": 0}
     if starts:
         assert (batch.input_ids.flatten()[batch.pair_starts] == CLS).all()
 

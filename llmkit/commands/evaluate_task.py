@@ -1,0 +1,86 @@
+"""``llmkit evaluate task=...``: a task's metrics on rows with answers, and what went wrong."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from llmkit.commands.evaluate import trained_config
+from llmkit.commands.task_model import TaskModel, open_task_model
+from llmkit.config.schema import EvaluateTaskConfig
+from llmkit.data.task_questions import load_questions
+from llmkit.errors import DataError
+from llmkit.settings import TaskDataConfig
+from llmkit.task_interface import Prediction, Question, Task
+
+log = logging.getLogger("llmkit.evaluate")
+
+
+def run(cfg: EvaluateTaskConfig, args: argparse.Namespace) -> int:
+    """Answer every question once; print metrics, details and the worst answers as JSON."""
+    model = open_task_model(cfg.init, cfg.task, cfg.data.seq_len, cfg.generation, cfg.engine)
+    questions = questions_of(cfg, model.task)
+    predictions = model.answer(questions)
+    metrics = model.task.metrics(questions, predictions)
+    shown: dict[str, Any] = {"init": cfg.init, "task": model.task.name, "n_questions": len(questions), **metrics}
+    if hasattr(model.task, "details"):
+        shown["details"] = model.task.details(questions, predictions)
+        for line in confusion_lines(shown["details"]):
+            log.info("%s", line)
+    shown["worst"] = worst(model, questions, predictions, cfg.n_examples)
+    print(json.dumps(shown, indent=2, ensure_ascii=False))
+    return 0
+
+
+def questions_of(cfg: EvaluateTaskConfig, task: Task) -> list[Question]:
+    """All of ``data.path``; without it the validation questions of the run."""
+    trained = trained_config(cfg.init) or {}
+    if cfg.data.path is None and "task" in trained:
+        data = TaskDataConfig(**trained["data"])
+        found, questions = load_questions(task, data), []
+        questions = found.val[: cfg.data.max_rows]
+    else:
+        found = load_questions(task, replace(cfg.data, val_path=None, val_target_path=None), split=False)
+        questions = found.train
+    for line in found.report.lines():
+        log.info("%s", line)
+    if not questions:
+        raise DataError("there is no question to answer", where="data.path", fix="data.path=test.jsonl")
+    return questions
+
+
+def confusion_lines(details: Mapping[str, Any]) -> list[str]:
+    """The confusion matrix as a table: a row a label of the data, a column a predicted one."""
+    if "confusion" not in details:
+        return []
+    labels = [str(label) for label in details["labels"]]
+    rows = [["", *labels]] + [[label, *map(str, row)] for label, row in zip(labels, details["confusion"], strict=True)]
+    width = max(len(cell) for row in rows for cell in row)
+    lines = ["  ".join(cell.rjust(width) for cell in row) for row in rows]
+    return ["rows: the right label; columns: the predicted one", *lines]
+
+
+def worst(
+    model: TaskModel, questions: Sequence[Question], predictions: Sequence[Prediction], n: int
+) -> list[dict[str, Any]]:
+    """The answers that score least: by the probability of the right label, else by the task's own metric."""
+    scores = [score_of(model.task, pair) for pair in zip(questions, predictions, strict=True)]
+    order = sorted(range(len(questions)), key=lambda i: (scores[i], i))[:n]
+    return [
+        {"where": questions[i].where, "score": scores[i], **questions[i].fields, "predicted": predictions[i].text}
+        for i in order
+    ]
+
+
+def score_of(task: Task, pair: tuple[Question, Prediction]) -> float:
+    """How good one answer is; larger is better."""
+    question, prediction = pair
+    label = str(question.fields.get("label"))
+    if label in prediction.scores:
+        return prediction.scores[label]
+    metrics = task.metrics([question], [prediction])
+    return metrics.get(task.best_metric, 0.0)

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -28,7 +29,7 @@ quickstart: install  ## train a small model on the embedded corpus, then sample 
 
 .PHONY: test
 test: install  ## the default tests (under 10 minutes on 2 cores)
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(PYTEST) -m 'not slow and not gpu'
 
 .PHONY: test-slow
 test-slow: install  ## the long evidence: kill tests, two processes, bigger grids

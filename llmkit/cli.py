@@ -147,7 +147,7 @@ def _dispatch(argv: list[str]) -> int:
     words = [word for word in argv if word != "--debug"]
     if not words or words[0] in ("-h", "--help", "help"):
         if len(words) > 1 and words[0] == "help":
-            return _dispatch([words[1], "--help"])
+            return _dispatch([*words[1:], "--help"])
         print(overview())
         return EXIT_OK if words else ConfigError.exit_code
     if words[0] == "--version":

@@ -34,6 +34,10 @@ class Task(Protocol):
     @property
     def name(self) -> str: ...
     @property
+    def usual_kind(self) -> str:
+        """The kind of model it is usually done with: what is trained where none is given."""
+
+    @property
     def roles(self) -> Mapping[str, tuple[str, ...]]:
         """Roles and the usual spellings of their columns, most usual first."""
 

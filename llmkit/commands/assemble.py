@@ -104,7 +104,7 @@ def newest_checkpoint(store: CheckpointStore, cfg: Config, data_key: str) -> Che
         )
     if checkpoint is not None and checkpoint.state["data_key"] != data_key:
         raise DataError(
-            f"the text changed since step {checkpoint.step} was saved: the tokens are not the ones it was trained on",
+            f"the data changed since step {checkpoint.step} was saved: the tokens are not the ones it was trained on",
             where="data.path",
             fix="bring the old files back, or train under another run.name with init=<this run>",
         )
@@ -189,7 +189,8 @@ def go_on(trainer: Trainer, checkpoint: Checkpoint | None, recorder: Recorder) -
         return
     trainer.restore(checkpoint.state, checkpoint.tensors())
     recorder.rewind(checkpoint.state["metrics"], offset=checkpoint.state["metrics_offset"])
-    done = "is complete: nothing to do" if checkpoint.step >= trainer.max_steps else "goes on"
+    is_done = checkpoint.step >= trainer.max_steps or trainer.has_stalled
+    done = "is complete: nothing to do" if is_done else "goes on"
     log.info("%s %s after step %d", trainer.run.name, done, checkpoint.step)
 
 

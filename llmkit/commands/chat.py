@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Iterator
 
 import yaml
 
-from llmkit.commands.task_model import TaskModel, open_task_model, trained_task
+from llmkit.commands.evaluate import trained_config
+from llmkit.commands.task_model import TaskModel, open_task_model
 from llmkit.config.choices import recipes_dir
 from llmkit.config.schema import ChatConfig, Node
-from llmkit.errors import ConfigError
+from llmkit.engine.prediction import WHOLE, end_ids_of
+from llmkit.errors import BadExample, DataError
 from llmkit.generation import stream_from_ids
 from llmkit.task_interface import Question
 from llmkit.tracking.logs import visible
+
+log = logging.getLogger("llmkit.chat")
 
 END_WORDS = ("/quit", "/exit")
 FORGET = "/new"
@@ -22,7 +27,7 @@ FORGET = "/new"
 
 def run(cfg: ChatConfig, args: argparse.Namespace) -> int:
     """Answer line by line until the input ends; ``/new`` forgets what was said, ``/quit`` ends."""
-    model = open_task_model(cfg.init, task_of(cfg.init), None, cfg.generation, cfg.engine)
+    model = open_task_model(cfg.init, task_of(cfg.init), (), WHOLE, cfg.generation, cfg.engine)
     asking = sys.stdin.isatty()
     if asking:
         print(f"{FORGET} starts over, {END_WORDS[0]} ends", file=sys.stderr)
@@ -35,9 +40,14 @@ def run(cfg: ChatConfig, args: argparse.Namespace) -> int:
             continue
         said.append({"role": "user", "content": line})
         reply = ""
-        for piece in answer(model, said, cfg):
-            print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
-            reply += piece
+        try:
+            for piece in answer(model, said, cfg):
+                print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
+                reply += piece
+        except BadExample as bad:
+            log.warning("this cannot be answered (%s) and is forgotten", bad)
+            said.pop()
+            continue
         print(flush=True)
         said.append({"role": "assistant", "content": reply.strip()})
     return 0
@@ -45,10 +55,7 @@ def run(cfg: ChatConfig, args: argparse.Namespace) -> int:
 
 def task_of(init: str) -> Node:
     """The chat task of the run, with its template settings; else the usual one."""
-    try:
-        node = trained_task(init)
-    except ConfigError:
-        node = {}
+    node: Node = (trained_config(init) or {}).get("task") or {}
     if "chat" in str(node.get("_target_", "")):
         return node
     usual: Node = yaml.safe_load((recipes_dir() / "task" / "chat.yaml").read_text(encoding="utf-8"))
@@ -66,6 +73,8 @@ def lines(asking: bool) -> Iterator[str]:
             line = input("> ") if asking else sys.stdin.readline()
         except EOFError:
             return
+        except UnicodeDecodeError as error:
+            raise DataError(f"what was typed is no UTF-8 text: {error.reason}", where="standard input") from error
         if not asking and not line:
             return
         if line.strip():
@@ -74,7 +83,8 @@ def lines(asking: bool) -> Iterator[str]:
 
 def answer(model: TaskModel, said: list[dict[str, str]], cfg: ChatConfig) -> Iterator[str]:
     """The reply to the last turn, piece by piece; the oldest turns go when the window is full."""
-    max_len = model.answerer.max_len - min(cfg.generation.max_new_tokens, model.answerer.max_len // 2)
-    question = Question({"messages": said}, "chat", 0)
-    row = model.task.prompt(question, model.tokenizer, model.model.config.kind, max_len)
-    return stream_from_ids(model.model, model.tokenizer, list(row), cfg.generation, device=model.device)
+    ids, n_cut = model.answerer.ask(Question({"messages": said}, "chat", 0))
+    if n_cut:
+        log.warning("the conversation has become too long: the oldest %d tokens are not read", n_cut)
+    ends = end_ids_of(model.task, model.tokenizer)
+    return stream_from_ids(model.model, model.tokenizer, ids, cfg.generation, device=model.device, end_ids=ends)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from llmkit.commands.finetuning import Beginning, find_beginning, row_length
+from llmkit.commands.finetuning import Beginning, find_beginning, opened, row_length
 from llmkit.config.build import build
 from llmkit.config.schema import ShowConfig
 from llmkit.data.task_questions import load_questions
@@ -21,13 +22,15 @@ from llmkit.tracking.logs import visible
 def run(cfg: ShowConfig, args: argparse.Namespace) -> int:
     """Print the first ``n_rows`` rows, each token with what is done with it, then the report."""
     task: Task = build(cfg.task)
-    questions = load_questions(task, cfg.data, split=False)
+    init = opened(cfg.init, task)
+    lenient = replace(cfg.data, max_bad_fraction=1.0, val_path=None, val_target_path=None)  # bad rows are what is shown
+    questions = load_questions(task, lenient, split=False)
     task = task.with_labels(questions.labels())
-    beginning: Beginning = find_beginning(cfg.init, [], cfg.model, cfg.tokenizer, task, questions)
+    beginning: Beginning = find_beginning(init, [], cfg.model, cfg.tokenizer, task, questions)
     config, tokenizer = beginning.config, beginning.tokenizer
     max_len = row_length(cfg.data, config)
-    bad = {"max_bad_fraction": 1.0}
-    rows = encode_rows(questions.train, task, tokenizer, config.kind, max_len, cfg.data.long_rows, **bad)
+    limits = {"max_bad_fraction": 1.0}
+    rows = encode_rows(questions.train, task, tokenizer, config.kind, max_len, cfg.data.long_rows, **limits)
     for number in range(min(cfg.n_rows, rows.n_sequences)):
         print("\n".join(row_lines(rows, number, tokenizer)), end="\n\n")
     print("\n".join([*questions.report.lines(), *rows.report.lines()]))

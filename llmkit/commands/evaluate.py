@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from llmkit.commands.open_model import open_model, open_tokenizer
 from llmkit.commands.training import check_trainable
 from llmkit.config.build import build
 from llmkit.config.choices import recipes_dir
@@ -28,7 +29,7 @@ from llmkit.engine.init import resolve_init
 from llmkit.engine.pseudo_perplexity import pseudo_perplexity
 from llmkit.errors import ConfigError
 from llmkit.interfaces import Objective, Tokenizer, TokenizerSpec
-from llmkit.models.hf import load_model
+from llmkit.models.heads import head_of
 from llmkit.settings import DataConfig
 from llmkit.tokenizers.load import load_tokenizer
 from llmkit.tokenizers.report import tokenizer_report
@@ -39,8 +40,9 @@ USUAL_OBJECTIVE = {"decoder": "causal_lm", "encoder": "masked_lm", "encoder_deco
 def run(cfg: EvaluateConfig, args: argparse.Namespace) -> int:
     """Evaluate ``cfg.init`` on every row of the text once; print the metrics as JSON."""
     folder = resolve_init(cfg.init)
-    tokenizer, model = load_tokenizer(folder), load_model(folder)
     trained = trained_config(cfg.init)
+    tokenizer, model = open_tokenizer(folder), open_model(folder)
+    refuse_answers(cfg, trained, model)
     objective = objective_of(cfg, trained, model.config.kind)
     if objective.reads != "windows" or model.config.kind not in objective.trains:
         check_trainable(objective, model.config)  # a masked LM may be scored beside a head for pairs
@@ -70,6 +72,15 @@ def run(cfg: EvaluateConfig, args: argparse.Namespace) -> int:
     return 0
 
 
+def refuse_answers(cfg: EvaluateConfig, trained: dict[str, Any] | None, model: Any) -> None:
+    """A model that was fine-tuned for a task is scored on text where it writes, and only on text that is given."""
+    fix = f"llmkit evaluate task=... init={cfg.init}"
+    if head_of(model) is not None:
+        raise ConfigError("the model was fine-tuned to answer, and has no loss on plain text", where="init", fix=fix)
+    if trained is not None and "objective" not in trained and not cfg.data.path:
+        raise ConfigError("the run was fine-tuned on rows of a task, not on text", where="data.path", fix=fix)
+
+
 def trained_config(init: str) -> dict[str, Any] | None:
     """The configuration of the run behind ``init``, or None for a bare model."""
     folder = Path(init).expanduser()
@@ -84,7 +95,7 @@ def objective_of(cfg: EvaluateConfig, trained: dict[str, Any] | None, kind: str)
     """The one asked for, else the run's own, else the usual one of the model's kind."""
     if cfg.objective is not None:
         objective: Objective = build(cfg.objective)
-    elif trained is not None:
+    elif trained is not None and "objective" in trained:
         objective = build(trained["objective"])
     else:
         objective = build(yaml.safe_load((recipes_dir() / "objective" / f"{USUAL_OBJECTIVE[kind]}.yaml").read_text()))

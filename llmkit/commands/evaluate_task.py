@@ -10,19 +10,23 @@ from dataclasses import replace
 from typing import Any
 
 from llmkit.commands.evaluate import trained_config
-from llmkit.commands.task_model import TaskModel, open_task_model
+from llmkit.commands.finetuning import tell
+from llmkit.commands.task_model import TaskModel, open_task_model, refuse_unused
 from llmkit.config.schema import EvaluateTaskConfig
 from llmkit.data.task_questions import load_questions
-from llmkit.errors import DataError
+from llmkit.errors import ConfigError, DataError
 from llmkit.settings import TaskDataConfig
 from llmkit.task_interface import Prediction, Question, Task
+
+UNUSED = ("data.val_path", "data.val_target_path", "data.val_fraction", "data.max_answers", "data.long_rows")
 
 log = logging.getLogger("llmkit.evaluate")
 
 
 def run(cfg: EvaluateTaskConfig, args: argparse.Namespace) -> int:
     """Answer every question once; print metrics, details and the worst answers as JSON."""
-    model = open_task_model(cfg.init, cfg.task, cfg.data.seq_len, cfg.generation, cfg.engine)
+    refuse_unused(args.overrides, UNUSED, "every row is answered, each once")
+    model = open_task_model(cfg.init, cfg.task, args.overrides, cfg.data.seq_len, cfg.generation, cfg.engine)
     questions = questions_of(cfg, model.task)
     predictions = model.answer(questions)
     metrics = model.task.metrics(questions, predictions)
@@ -38,19 +42,28 @@ def run(cfg: EvaluateTaskConfig, args: argparse.Namespace) -> int:
 
 def questions_of(cfg: EvaluateTaskConfig, task: Task) -> list[Question]:
     """All of ``data.path``; without it the validation questions of the run."""
-    trained = trained_config(cfg.init) or {}
-    if cfg.data.path is None and "task" in trained:
-        data = TaskDataConfig(**trained["data"])
-        found, questions = load_questions(task, data), []
+    if cfg.data.path is None:
+        found = load_questions(task, data_of_run(cfg))
         questions = found.val[: cfg.data.max_rows]
     else:
         found = load_questions(task, replace(cfg.data, val_path=None, val_target_path=None), split=False)
         questions = found.train
-    for line in found.report.lines():
-        log.info("%s", line)
+    tell("data", found.report.lines())
     if not questions:
-        raise DataError("there is no question to answer", where="data.path", fix="data.path=test.jsonl")
+        what = "the run held no question out" if cfg.data.path is None else "there is no question to answer"
+        raise DataError(what, where="data.path", fix="data.path=test.jsonl")
     return questions
+
+
+def data_of_run(cfg: EvaluateTaskConfig) -> TaskDataConfig:
+    """The rows that the model was fine-tuned and validated on."""
+    trained, fix = trained_config(cfg.init) or {}, "data.path=test.jsonl"
+    if "task" not in trained:
+        what = "there are no rows: this model is not a fine-tuning run's, so it has no validation rows of its own"
+        raise ConfigError(what, where="data.path", fix=fix)
+    if trained["task"]["_target_"] != cfg.task["_target_"]:
+        raise ConfigError("the run was fine-tuned for another task, whose rows these are", where="data.path", fix=fix)
+    return TaskDataConfig(**trained["data"])
 
 
 def confusion_lines(details: Mapping[str, Any]) -> list[str]:
@@ -68,6 +81,8 @@ def worst(
     model: TaskModel, questions: Sequence[Question], predictions: Sequence[Prediction], n: int
 ) -> list[dict[str, Any]]:
     """The answers that score least: by the probability of the right label, else by the task's own metric."""
+    if n == 0:
+        return []
     scores = [score_of(model.task, pair) for pair in zip(questions, predictions, strict=True)]
     order = sorted(range(len(questions)), key=lambda i: (scores[i], i))[:n]
     return [

@@ -12,8 +12,11 @@ from typing import Any, Literal
 
 import torch
 
-from llmkit.commands.export_check import Exported, Finding, check_export, probe_logits
+from llmkit.commands.export_check import check_export, probe_logits
+from llmkit.commands.exported import NO_ARCHITECTURE, Exported, Finding, Subject, answers_of
 from llmkit.commands.model_card import write_card
+from llmkit.commands.open_model import open_config, open_model, open_tokenizer
+from llmkit.commands.training import write_model
 from llmkit.config.schema import ExportConfig
 from llmkit.data.loader import check_vocabulary
 from llmkit.engine import files
@@ -21,11 +24,8 @@ from llmkit.engine.init import resolve_init
 from llmkit.engine.stop import leave_on_signal
 from llmkit.errors import CheckpointError, ConfigError, NumericsError
 from llmkit.interfaces import ModelConfig, Tokenizer
-from llmkit.models.hf import load_config, load_model, save_model
 from llmkit.models.hf.families import fitting_family
 from llmkit.tokenizers.chat_template import ChatTemplate
-from llmkit.tokenizers.load import load_tokenizer
-from llmkit.tokenizers.save import save_tokenizer
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 GGUF_FILE = "model.gguf"
@@ -39,13 +39,11 @@ log = logging.getLogger("llmkit.export")
 def run(cfg: ExportConfig, args: argparse.Namespace) -> int:
     """Write ``cfg.out`` beside its place, check it, and publish it by one rename; print what the check found."""
     out, source = free_place(cfg.out), resolve_init(cfg.init)
-    config = load_config(source)
-    refuse_unfit(cfg, config)
-    tokenizer = load_tokenizer(source)
-    check_vocabulary(tokenizer.vocab_size, config.vocab_rows)
+    refuse_unfit(cfg, open_config(source))
+    tokenizer = open_tokenizer(source)
     with leave_on_signal(), published(out) as folder:
-        findings = write(cfg, source, config, tokenizer, folder)
-        write_card(cfg, source, config, tokenizer, findings, folder)
+        subject, findings = write(cfg, source, tokenizer, folder)
+        write_card(cfg, source, subject, findings, folder)
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{cfg.out}: {cfg.format}, {cfg.dtype}, {files.size_text(size)}")
     for name, result in findings:
@@ -53,10 +51,13 @@ def run(cfg: ExportConfig, args: argparse.Namespace) -> int:
     return 0
 
 
-def write(cfg: ExportConfig, source: Path, config: ModelConfig, tokenizer: Tokenizer, folder: Path) -> list[Finding]:
+def write(cfg: ExportConfig, source: Path, tokenizer: Tokenizer, folder: Path) -> tuple[Subject, list[Finding]]:
     """Weights and tokenizer in ``folder``, and what their check found. Numbers are cast one tensor at a time."""
-    model = load_model(source)
-    source_BTV = probe_logits(model, tokenizer)
+    model = open_model(source)
+    check_vocabulary(tokenizer.vocab_size, model.config.vocab_rows)
+    subject = Subject.of(model, tokenizer)
+    refuse_head(cfg, subject)
+    logits = probe_logits(model, subject)
     check_range(model, cfg.dtype)
     if cfg.format == "gguf":
         from llmkit.models.gguf import save_gguf
@@ -65,12 +66,10 @@ def write(cfg: ExportConfig, source: Path, config: ModelConfig, tokenizer: Token
         fields = {**gguf_fields(tokenizer), "general.name": free_place(cfg.out).name}
         save_gguf(model, folder / GGUF_FILE, kind=GGUF_KINDS[cfg.dtype], tokenizer_fields=fields)
     else:
-        ids = tokenizer
-        save_model(model.to(TYPES[cfg.dtype]), folder, bos_id=ids.bos_id, eos_id=ids.eos_id, pad_id=ids.pad_id)
-        save_tokenizer(tokenizer, folder, config.kind)
+        write_model(model.to(TYPES[cfg.dtype]), tokenizer, folder)
     del model  # before another one is opened
     file = GGUF_FILE if cfg.format == "gguf" else None
-    return check_export(Exported(folder, file, cfg.dtype, config, tokenizer, ChatTemplate.of(tokenizer), source_BTV))
+    return subject, check_export(Exported(folder, file, cfg.dtype, subject, ChatTemplate.of(tokenizer), logits))
 
 
 def free_place(out: str) -> Path:
@@ -92,7 +91,18 @@ def refuse_unfit(cfg: ExportConfig, config: ModelConfig) -> None:
             what = f"a {config.hf_architecture() or 'model of its own kind'} is not written as GGUF"
             raise ConfigError(what, where="format", fix=f"GGUF takes {', '.join(known)}; format=hf takes all")
     elif config.hf_architecture() is None:
-        log.warning("no Hugging Face architecture computes this model: the export opens in llmkit only")
+        log.warning("%s: the export opens in llmkit only", NO_ARCHITECTURE)
+
+
+def refuse_head(cfg: ExportConfig, subject: Subject) -> None:
+    """GGUF has no words for a task head; one that transformers has no class for is in llmkit's own format."""
+    if subject.head is None:
+        return
+    if cfg.format == "gguf":
+        what = f"the model answers by a task head ({answers_of(subject.head)}), and GGUF has no place for one"
+        raise ConfigError(what, where="format", fix="format=hf")
+    if subject.architecture is None and subject.config.hf_architecture() is not None:
+        log.warning("%s: the export opens in llmkit only", subject.why_own)
 
 
 def check_range(model: Any, dtype: str) -> None:

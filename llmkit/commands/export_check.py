@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from io import StringIO
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from llmkit.errors import CheckpointError, ConfigError, DataError
+from llmkit.commands.exported import TEXTS, Exported, Finding, Reading, Subject, differing, first_line, mismatch
+from llmkit.commands.head_check import LOADERS, head_logits, read_head
+from llmkit.errors import ConfigError, DataError
 from llmkit.interfaces import IGNORE_INDEX, Batch, ModelConfig, Tokenizer, Tokens
 from llmkit.models.hf import load_config, load_model
 from llmkit.tokenizers.chat_template import ChatTemplate
@@ -32,15 +32,6 @@ PROMPT, NEW_TOKENS = 16, 32  # of the greedy text
 SUMMING = 1e-4  # of the largest logit: what another order of sums may change
 # Of the spread of the logits, root mean square: what rounded weights may change. Two unrelated models differ by 1.4.
 ROUNDING = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.3, "q8_0": 0.3}
-TEXTS = (
-    "The cat sat on the mat.",
-    "  two spaces, then\na new line\n\n\tand a tab",
-    "Naïve café — “quotes” 123,456.78",
-    "def f(x):\n    return x ** 2  # code",
-    "東京は晴れ。 Привет, мир! שלום 🙂👍🏽",
-    "a" * 50,
-    "",
-)
 _USER = {"role": "user", "content": "What is 2 + 2?"}
 _ANSWER = {"role": "assistant", "content": "It is 4."}
 CHATS = (
@@ -52,58 +43,25 @@ CHATS = (
 log = logging.getLogger("llmkit.export")
 
 
-@dataclass(frozen=True)
-class Exported:
-    """What was written, and what there is to compare it with."""
-
-    folder: Path
-    file: str | None  # the GGUF file in the folder; None for a Hugging Face folder
-    dtype: str
-    config: ModelConfig
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    source_BTV: Tensor  # logits of the model before its numbers were rounded
-
-    @property
-    def model(self) -> Path:
-        return self.folder if self.file is None else self.folder / self.file
-
-
-class Finding(NamedTuple):
-    """One comparison, in words."""
-
-    name: str
-    result: str
-
-
-class Reading(NamedTuple):
-    """What the target's library makes of the files."""
-
-    library: str
-    logits_BTV: Tensor
-    start_id: int | None  # what the greedy text of an encoder-decoder begins with
-    new_ids: list[int]  # greedy; none of an encoder
-
-
 def check_export(exported: Exported) -> list[Finding]:
     """Compare the files with the model they were made from. Raises ``CheckpointError`` where they differ from it."""
     load_config(exported.model)  # without its config transformers builds a model of billions of weights
     theirs = None
-    if exported.config.hf_architecture() is None:
-        findings = [Finding("opened by", "llmkit only: no Hugging Face architecture computes this model")]
+    if exported.subject.architecture is None:
+        findings = [Finding("opened by", f"llmkit only: {exported.subject.why_own}")]
     elif find_spec("transformers") is None:
         log.warning("transformers is not installed, so that the export was read back by llmkit alone")
         findings = [Finding("opened by", "llmkit only: transformers is not installed (pip install 'llmkit[hf]')")]
     else:
         with _quiet_transformers():
             theirs = read_by_transformers(exported)
-            findings = [Finding("opened by", theirs.library), *_check_texts(exported)]
+            findings = [Finding("opened by", theirs.library), *_check_texts(exported), *theirs.findings]
     _check_own_tokenizer(exported)
     ours = load_model(exported.model, dtype=torch.float32)
-    ours_BTV = probe_logits(ours, exported.tokenizer)
-    findings.append(_check_rounding(ours_BTV if theirs is None else theirs.logits_BTV, exported))
+    found = probe_logits(ours, exported.subject)
+    findings.append(_check_rounding(found if theirs is None else theirs.logits, exported))
     if theirs is not None:
-        findings.append(_check_logits(theirs.logits_BTV, ours_BTV))
+        findings.append(_check_logits(theirs.logits, found))
         findings += _check_greedy(ours, theirs, exported)
     return findings
 
@@ -111,8 +69,8 @@ def check_export(exported: Exported) -> list[Finding]:
 def _check_own_tokenizer(exported: Exported) -> None:
     again = load_tokenizer(exported.model)
     for text in TEXTS:
-        if (read := again.encode(text)) != (wrote := exported.tokenizer.encode(text)):
-            raise _mismatch(exported, f"llmkit makes other tokens of {text!r:.40}: {read!s:.60}, not {wrote!s:.60}")
+        if (read := again.encode(text)) != (wrote := exported.subject.tokenizer.encode(text)):
+            raise mismatch(exported, f"llmkit makes other tokens of {text!r:.40}: {read!s:.60}, not {wrote!s:.60}")
 
 
 # -- the same computation here ----------------------------------------------------------------------------------------
@@ -126,12 +84,14 @@ def probe_ids(config: ModelConfig, tokenizer: Tokenizer) -> Tensor:
     return usable[torch.randint(len(usable), shape, generator=torch.Generator().manual_seed(SEED))]
 
 
-def probe_logits(model: Any, tokenizer: Tokenizer) -> Tensor:
-    """BTV in fp32, of a model that llmkit has opened."""
-    ids_BT = probe_ids(model.config, tokenizer)
+def probe_logits(model: Any, subject: Subject) -> list[Tensor]:
+    """Logits in fp32 of a model that llmkit has opened: BTV of the probe, or of its task head as ``head_logits``."""
+    if subject.head is not None:
+        return head_logits(model, subject)
+    ids_BT = probe_ids(model.config, subject.tokenizer)
     if model.config.kind == "encoder_decoder":
-        return _logits(model, _shifted(ids_BT, tokenizer.pad_id), ids_BT)
-    return _logits(model, ids_BT)
+        return [_logits(model, _shifted(ids_BT, subject.tokenizer.pad_id), ids_BT)]
+    return [_logits(model, ids_BT)]
 
 
 @torch.no_grad()
@@ -162,20 +122,28 @@ def _shifted(ids_BT: Tensor, start_id: int) -> Tensor:
 def read_by_transformers(exported: Exported) -> Reading:
     """Logits of the probe and greedy ids. Raises ``CheckpointError`` when the files do not open there, or not whole."""
     transformers: Any = import_module("transformers")
-    model, info = _opened(exported, getattr(transformers, str(exported.config.hf_architecture())))
+    subject, library = exported.subject, f"transformers {transformers.__version__}"
+    model, info = _opened(exported, getattr(transformers, _loader(subject)))
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names := sorted(map(str, info.get(problem) or ())):
-            raise _mismatch(exported, f"{problem.replace('_keys', '')} tensors, {names[0]} among them ({len(names)})")
-    ids_BT, start_id = probe_ids(exported.config, exported.tokenizer), None
+            raise mismatch(exported, f"{problem.replace('_keys', '')} tensors, {names[0]} among them ({len(names)})")
+    if subject.head is not None:
+        return read_head(exported, model, _opened_tokenizer(exported), f"{library}, {type(model).__name__}")
+    ids_BT, start_id = probe_ids(subject.config, subject.tokenizer), None
     with torch.no_grad():
-        if exported.config.kind == "encoder_decoder":
+        if subject.config.kind == "encoder_decoder":
             start_id = int(model.config.decoder_start_token_id)
-            output = model(input_ids=ids_BT, decoder_input_ids=_shifted(ids_BT, exported.tokenizer.pad_id))
+            output = model(input_ids=ids_BT, decoder_input_ids=_shifted(ids_BT, subject.tokenizer.pad_id))
         else:
             output = model(input_ids=ids_BT)
         logits_BTV = output.logits if "logits" in output else output.prediction_logits
-        new_ids = [] if exported.config.kind == "encoder" else _greedy(model, ids_BT, start_id, exported.config)
-    return Reading(f"transformers {transformers.__version__}", logits_BTV.float(), start_id, new_ids)
+        new_ids = [] if subject.config.kind == "encoder" else _greedy(model, ids_BT, start_id, subject.config)
+    return Reading(library, [logits_BTV.float()], start_id, new_ids, [])
+
+
+def _loader(subject: Subject) -> str:
+    """What opens it there: of a model with a task head what a user of it would take."""
+    return str(subject.architecture) if subject.head is None else LOADERS[subject.head.kind]
 
 
 def _opened(exported: Exported, kind: Any) -> tuple[Any, dict[str, Any]]:
@@ -191,7 +159,7 @@ def _opened(exported: Exported, kind: Any) -> tuple[Any, dict[str, Any]]:
             **gguf,
         )
     except Exception as error:  # whatever its readers raise says that they do not read the file
-        raise _mismatch(exported, f"transformers cannot open it: {_first_line(error)}") from error
+        raise mismatch(exported, f"transformers cannot open it: {first_line(error)}") from error
     return model.eval(), info
 
 
@@ -230,34 +198,32 @@ def _quiet_transformers() -> Iterator[None]:
 # -- comparisons ------------------------------------------------------------------------------------------------------
 
 
-def _check_rounding(written_BTV: Tensor, exported: Exported) -> Finding:
+def _check_rounding(written: Sequence[Tensor], exported: Exported) -> Finding:
     """The files against the model before rounding: small, or other weights were written."""
-    difference = (written_BTV - exported.source_BTV).double()
-    spread = float(exported.source_BTV.double().std(-1).square().mean().sqrt())
+    difference = _flat(written).double() - _flat(exported.source).double()
+    spread = float(torch.cat([part.double().var(-1).flatten() for part in exported.source]).mean().sqrt())
     share = float(difference.square().mean().sqrt()) / max(spread, 1e-30)
     if not share <= ROUNDING[exported.dtype]:
         what = f"its logits differ from the source's by {share:.1%} of their spread"
-        raise _mismatch(exported, f"{what}; {exported.dtype} explains {ROUNDING[exported.dtype]:.2%}")
+        raise mismatch(exported, f"{what}; {exported.dtype} explains {ROUNDING[exported.dtype]:.2%}")
     return Finding("logits, against the source", f"{_largest(difference):.1e} at most, {share:.2%} of their spread")
 
 
-def _check_logits(theirs_BTV: Tensor, ours_BTV: Tensor) -> Finding:
+def _check_logits(theirs: Sequence[Tensor], ours: Sequence[Tensor]) -> Finding:
     """Two readings of the same files."""
-    difference, allowed = _largest(theirs_BTV - ours_BTV), _tolerance(ours_BTV)
+    difference, allowed = _largest(_flat(theirs) - _flat(ours)), _tolerance(_flat(ours))
     if not difference <= allowed:
-        raise CheckpointError(
-            f"the logits that transformers computes differ from llmkit's by {difference:.1e}; {allowed:.1e} is allowed",
-            fix=_NOT_PUBLISHED,
-        )
-    return Finding("logits, against llmkit", f"{difference:.1e} at most, of {_largest(ours_BTV):.1f}")
+        what = f"the logits that transformers computes differ from llmkit's by {difference:.1e}"
+        raise differing(f"{what}; {allowed:.1e} is allowed")
+    return Finding("logits, against llmkit", f"{difference:.1e} at most, of {_largest(_flat(ours)):.2g}")
 
 
 def _check_greedy(model: Any, theirs: Reading, exported: Exported) -> list[Finding]:
     """Every greedy id is the one that llmkit chooses after the same ids, or as good within the tolerance."""
     if not theirs.new_ids:
         return []
-    ids_BT = probe_ids(exported.config, exported.tokenizer)
-    prompt_BT, limit = _prompt(ids_BT, exported.config)
+    ids_BT = probe_ids(exported.subject.config, exported.subject.tokenizer)
+    prompt_BT, limit = _prompt(ids_BT, exported.subject.config)
     new_1N = torch.tensor([theirs.new_ids])
     if theirs.start_id is None:
         logits_NV = _logits(model, torch.cat((prompt_BT, new_1N[:, :-1]), dim=1))[0, prompt_BT.shape[1] - 1 :]
@@ -267,18 +233,13 @@ def _check_greedy(model: Any, theirs: Reading, exported: Exported) -> list[Findi
     for step, behind in enumerate(behind_N.tolist()):
         if not behind <= 2 * _tolerance(logits_NV):
             what = f"greedy token {step + 1} of transformers is {theirs.new_ids[step]}, llmkit's is"
-            raise _mismatch(exported, f"{what} {int(logits_NV[step].argmax())}")
+            raise mismatch(exported, f"{what} {int(logits_NV[step].argmax())}")
     return [Finding("greedy tokens", f"{len(theirs.new_ids)} of {limit} equal")]
 
 
 def _check_texts(exported: Exported) -> list[Finding]:
     """Ids and texts of the tokenizer, and chats by the template."""
-    transformers: Any = import_module("transformers")
-    gguf = {} if exported.file is None else {"gguf_file": exported.file}
-    try:
-        theirs = transformers.AutoTokenizer.from_pretrained(exported.folder, local_files_only=True, **gguf)
-    except Exception as error:  # as above
-        raise _mismatch(exported, f"transformers cannot open the tokenizer: {_first_line(error)}") from error
+    theirs = _opened_tokenizer(exported)
     spaced = _spaced_there_only(exported)
     for text in TEXTS:
         _check_text(f" {text}" if spaced else text, exported, theirs, spaced)
@@ -289,14 +250,23 @@ def _check_texts(exported: Exported) -> list[Finding]:
     return findings
 
 
+def _opened_tokenizer(exported: Exported) -> Any:
+    transformers: Any = import_module("transformers")
+    gguf = {} if exported.file is None else {"gguf_file": exported.file}
+    try:
+        return transformers.AutoTokenizer.from_pretrained(exported.folder, local_files_only=True, **gguf)
+    except Exception as error:  # as above
+        raise mismatch(exported, f"transformers cannot open the tokenizer: {first_line(error)}") from error
+
+
 def _check_text(text: str, exported: Exported, theirs: Any, spaced: bool) -> None:
     """The same ids of a text, and the same text of the ids; ``spaced``: but for one space at its beginning."""
-    ours, got = exported.tokenizer.encode(text), list(theirs.encode(text, add_special_tokens=False))
+    ours, got = exported.subject.tokenizer.encode(text), list(theirs.encode(text, add_special_tokens=False))
     if got != ours:
-        raise _mismatch(exported, f"transformers makes other tokens of {text!r:.40}: {got!s:.60}, not {ours!s:.60}")
-    read, told = theirs.decode(ours, skip_special_tokens=True), exported.tokenizer.decode(ours)
+        raise mismatch(exported, f"transformers makes other tokens of {text!r:.40}: {got!s:.60}, not {ours!s:.60}")
+    read, told = theirs.decode(ours, skip_special_tokens=True), exported.subject.tokenizer.decode(ours)
     if read != (told.removeprefix(" ") if spaced else told):
-        raise _mismatch(exported, f"transformers reads the tokens of {text!r:.40} as {read!r:.60}, not {told!r:.60}")
+        raise mismatch(exported, f"transformers reads the tokens of {text!r:.40} as {read!r:.60}, not {told!r:.60}")
 
 
 def _spaced_there_only(exported: Exported) -> bool:
@@ -320,7 +290,7 @@ def _check_chats(exported: Exported, template: ChatTemplate, theirs: Any) -> Fin
             except (ConfigError, DataError):  # templates may refuse an order of roles, a system message ...
                 continue
             if (got := _rendered_there(theirs, chat, prompted)) != expected:
-                raise _mismatch(exported, f"the chat template gives {got!r:.200} there, not {expected!r:.200}")
+                raise mismatch(exported, f"the chat template gives {got!r:.200} there, not {expected!r:.200}")
             rendered += 1
     return Finding("chat template", f"{rendered} prompts equal, {2 * len(CHATS) - rendered} refused by it")
 
@@ -329,14 +299,11 @@ def _rendered_there(theirs: Any, chat: list[dict[str, str]], prompted: bool) -> 
     try:
         return str(theirs.apply_chat_template(copy.deepcopy(chat), tokenize=False, add_generation_prompt=prompted))
     except Exception as error:  # a template raises what it likes
-        return _first_line(error)
+        return first_line(error)
 
 
-_NOT_PUBLISHED = "nothing was published; please report it with `llmkit doctor`, the architecture and its config.json"
-
-
-def _mismatch(exported: Exported, what: str) -> CheckpointError:
-    return CheckpointError(f"the export failed its check: {what}", where=exported.model.name, fix=_NOT_PUBLISHED)
+def _flat(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.flatten() for part in parts])
 
 
 def _largest(values: Tensor) -> float:
@@ -345,7 +312,3 @@ def _largest(values: Tensor) -> float:
 
 def _tolerance(logits_BTV: Tensor) -> float:
     return SUMMING * max(1.0, _largest(logits_BTV))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300]

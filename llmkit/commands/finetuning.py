@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.commands.assemble import Score, Start, Work, assemble, find_start
-from llmkit.commands.open_model import open_config, open_model, save_adapted
-from llmkit.commands.training import row_kind
+from llmkit.commands.open_model import check_base, open_config, open_model, open_tokenizer, save_adapted
 from llmkit.commands.training import write_model as write_whole
+from llmkit.commands.training import write_tokenizer
 from llmkit.config.build import build
 from llmkit.config.compose import compose
 from llmkit.config.schema import FinetuneConfig, Node
@@ -22,7 +22,9 @@ from llmkit.data.loader import check_vocabulary
 from llmkit.data.task_questions import Questions, load_questions
 from llmkit.data.task_rows import SomeRows, TaskDataset, encode_rows
 from llmkit.data.task_tokenizer import task_tokenizer
+from llmkit.engine.best_metric import BestMetric
 from llmkit.engine.checkpoint import Checkpoint
+from llmkit.engine.evaluate import COUNTED, validation_metrics
 from llmkit.engine.init import resolve_init
 from llmkit.engine.prediction import Answerer
 from llmkit.engine.recorder import Recorder
@@ -39,15 +41,17 @@ from llmkit.models.resize import make_room
 from llmkit.objectives.for_task import objective_for
 from llmkit.settings import TaskDataConfig
 from llmkit.task_interface import Prediction, Question, Task
+from llmkit.tokenizers.chat_template import with_template
 from llmkit.tokenizers.grow import add_tokens
 from llmkit.tokenizers.load import load_tokenizer
-from llmkit.tokenizers.save import save_tokenizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger("llmkit.training")
 
+N_HALVINGS = 4  # of the usual vocabulary, where the rows hold too little text for it
+N_SCORED = 20  # questions that are scored before the first step, to see that it can be done
 N_SHOWN = 20  # answers kept of every evaluation
 GAP_ROWS = 500  # training rows, at most, on which the loss is taken as on validation rows
 USUAL_RECIPE = {"encoder": "bert_tiny", "encoder_decoder": "t5_tiny", "decoder": "gpt_tiny"}
@@ -80,14 +84,19 @@ class TaskRows:
 def make_trainer(cfg: FinetuneConfig, folder: Path, recorder: Recorder, stop_requested: Callable[[], bool]) -> Trainer:
     """Everything from files to a trainer whose ``fit`` can be called."""
     task: Task = build(cfg.task)
+    init = opened(cfg.init, task)
+    if cfg.adapter is not None and init is None:
+        what = "an adapter is trained beside the weights of a model, and there is none"
+        raise ConfigError(what, where="adapter", fix="init=<a model>, or adapter=none")
     questions = load_questions(task, cfg.data)
     tell("data", questions.report.lines())
     task = task.with_labels(questions.labels())
-    beginning = find_beginning(cfg.init, cfg.add_tokens, cfg.model, cfg.tokenizer, task, questions)
+    beginning = find_beginning(init, cfg.add_tokens, cfg.model, cfg.tokenizer, task, questions)
     kind = beginning.config.kind
     objective = objective_for(task.answers(kind), kind, cfg.loss)
     max_len = row_length(cfg.data, beginning.config)
     rows = encode_all(cfg, task, questions, beginning.tokenizer, kind, max_len)
+    check_metric(cfg.engine.best_metric, task, objective, rows.answered)
     start = find_start(cfg, folder, rows.key)
     model = starting_model(cfg, task, beginning, start)
     scorer = None
@@ -123,8 +132,17 @@ def tell(subject: str, lines: Sequence[str]) -> None:
 # -- where it starts ------------------------------------------------------------------------------------------------
 
 
+def opened(init: str | None, task: Task) -> Path | None:
+    """The model folder of ``init``. Raises ``ConfigError`` for a model that cannot do the task, and reads no rows."""
+    if init is None:
+        return None
+    folder = resolve_init(init)
+    task.answers(open_config(folder).kind)
+    return folder
+
+
 def find_beginning(
-    init: str | None,
+    init: Path | None,
     new_tokens: Sequence[str],
     model: Node | None,
     spec: Node | None,
@@ -133,26 +151,35 @@ def find_beginning(
 ) -> Beginning:
     """The model of ``init``, else a small one with random weights and a tokenizer trained on the rows."""
     if init is not None:
-        folder = resolve_init(init)
-        return Beginning(folder, open_config(folder), add_tokens(load_tokenizer(folder), new_tokens))
+        tokenizer = add_tokens(open_tokenizer(init), new_tokens)
+        return Beginning(init, open_config(init), for_task(task, tokenizer))
     if model is None or spec is None:
-        recipe = usual_recipe(task) if model is None else USUAL_RECIPE[build(model).kind]
+        recipe = USUAL_RECIPE[task.usual_kind] if model is None else USUAL_RECIPE[build(model).kind]
         small = compose("pretrain", [f"recipe={recipe}"]).plain
-        model, spec = model or small["model"], spec or small["tokenizer"]
-    tokenizer = task_tokenizer(build(spec), [*questions.train, *questions.val], load_tokenizer)
+        sizes = [small["tokenizer"]["vocab_size"] >> halvings for halvings in range(N_HALVINGS + 1)]
+        specs = [{**small["tokenizer"], "vocab_size": size} for size in sizes] if spec is None else [spec]
+        model = model or small["model"]
+    else:
+        specs = [spec]
+    tokenizer = task_tokenizer([build(spec) for spec in specs], [*questions.train, *questions.val], load_tokenizer)
     config: ModelConfig = build(model).with_vocab(tokenizer.vocab_size)
     log.warning(
         "no init: the model starts from random weights (%s parameters); this shows that things work, not what a "
         "trained model can do",
         f"{config.n_params():,}",
     )
-    return Beginning(None, config, tokenizer)
+    return Beginning(None, config, for_task(task, tokenizer))
 
 
-def usual_recipe(task: Task) -> str:
-    """An encoder for tasks that it answers by a head, an encoder-decoder for translation-like ones, else a decoder."""
-    kind = getattr(task, "usual_kind", "decoder")
-    return USUAL_RECIPE[kind]
+def for_task(task: Task, tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer; for conversations with a template, a plain one where it has none."""
+    if task.name != "chat":
+        return tokenizer
+    with_one, given = with_template(tokenizer)
+    if given:
+        log.info("the tokenizer has no chat template: a plain one is used, and saved with the model")
+    templated: Tokenizer = with_one
+    return templated
 
 
 def row_length(data: TaskDataConfig, config: ModelConfig) -> int:
@@ -180,7 +207,32 @@ def encode_all(
         log.warning("no validation rows: nothing is measured, and the last checkpoint is the best there is")
         return TaskRows(train, None, [])
     tell("validation rows", val.report.lines())
-    return TaskRows(train, val, questions.val[: cfg.data.max_answers])
+    return TaskRows(train, val, spread(questions.val, cfg.data.max_answers))
+
+
+def spread(questions: Sequence[Question], n: int | None) -> list[Question]:
+    """At most ``n`` of the questions, evenly spread: files may be sorted by label."""
+    if n is None or n >= len(questions):
+        return list(questions)
+    return [questions[place * len(questions) // n] for place in range(n)]
+
+
+def check_metric(chosen: str | None, task: Task, objective: Objective, questions: Sequence[Question]) -> None:
+    """Score no answers, so that an unknown ``engine.best_metric`` or a missing package ends the run at its beginning.
+
+    Raises ``ConfigError`` with the metrics there are.
+    """
+    name = BestMetric.of(chosen, task.best_metric).name
+    if not questions or not name.startswith("val/"):
+        return
+    sums, counts = dict.fromkeys(objective.sum_names, 0.0), dict.fromkeys(COUNTED, 0)
+    known = validation_metrics(objective, sums, counts | {"example": 1}, 1)
+    for some in (questions[:N_SCORED], questions):  # some metrics are of few questions only
+        known |= task.metrics(some, [Prediction("")] * len(some))
+        if name.removeprefix("val/") in known:
+            return
+    names = ", ".join(sorted(known.keys() - set(COUNTED.values())))
+    raise ConfigError(f"no metric is called {name}", where="engine.best_metric", fix=f"one of {names}")
 
 
 def starting_model(cfg: FinetuneConfig, task: Task, beginning: Beginning, start: Start) -> Any:
@@ -204,7 +256,7 @@ def base_model(beginning: Beginning, head: HeadConfig | None, seed: int) -> Any:
     """The model of ``init``, with room for new tokens, or random weights; with ``head`` or without any."""
     if beginning.init is not None:
         model = open_model(beginning.init, head=head, seed=seed)
-        make_room(model, load_tokenizer(beginning.init).vocab_size, beginning.tokenizer.vocab_size)
+        make_room(model, open_tokenizer(beginning.init).vocab_size, beginning.tokenizer.vocab_size)
         if head is None:
             detach_head(model)
         return model
@@ -217,17 +269,28 @@ def base_model(beginning: Beginning, head: HeadConfig | None, seed: int) -> Any:
 
 def choose_trained(cfg: FinetuneConfig, model: Any, beginning: Beginning, checkpoint: Checkpoint | None) -> None:
     """Attach the adapter, as the checkpoint has it, and freeze what is to stay."""
-    if cfg.adapter is not None and beginning.init is None:
-        what = "an adapter is trained beside the weights of a model, and there is none"
-        raise ConfigError(what, where="adapter", fix="init=<a model>, or adapter=none")
     if cfg.adapter is not None and checkpoint is not None:
+        check_base(checkpoint.model, beginning.init)
         load_adapter(model, checkpoint.model)
     elif cfg.adapter is not None:
-        attach(model, build(cfg.adapter), cfg.run.seed)
+        attach(model, adapter_of(cfg, beginning), cfg.run.seed)
     if cfg.freeze.n_layers or cfg.freeze.embeddings:
         freeze(model, cfg.freeze.n_layers, cfg.freeze.embeddings)
     trained, n_all = trainable_report(model)
+    if not trained:
+        raise ConfigError("all of the model is frozen", where="freeze", fix="lower freeze.n_layers")
     log.info("%s of %s parameters are trained (%.2f %%)", f"{trained:,}", f"{n_all:,}", 100 * trained / n_all)
+
+
+def adapter_of(cfg: FinetuneConfig, beginning: Beginning) -> Any:
+    """The adapter's settings. Raises ``ConfigError`` where the rows of new tokens would never be trained."""
+    adapter = build(cfg.adapter or {})
+    known = beginning.tokenizer.vocab_size if beginning.init is None else open_tokenizer(beginning.init).vocab_size
+    n_new = beginning.tokenizer.vocab_size - known
+    if n_new and not adapter.train_embeddings:
+        what = f"{n_new} new tokens have embeddings that the adapter does not train"
+        raise ConfigError(what, where="adapter.train_embeddings", fix="adapter.train_embeddings=true")
+    return adapter
 
 
 def head_for(task: Task, kind: str) -> HeadConfig | None:
@@ -244,7 +307,7 @@ def write_trained(cfg: FinetuneConfig, model: Any, beginning: Beginning, folder:
         write_whole(model, beginning.tokenizer, folder)
     else:
         save_adapted(model, folder, str(beginning.init))
-        save_tokenizer(beginning.tokenizer, folder, row_kind(model))
+        write_tokenizer(model, beginning.tokenizer, folder)
 
 
 # -- evaluation -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from llmkit.commands.open_model import open_model, open_tokenizer
 from llmkit.config.schema import GenerateConfig
 from llmkit.data.loader import check_vocabulary
 from llmkit.engine.device import AUTOCAST_DTYPE, pick_device, set_threads
@@ -18,8 +19,7 @@ from llmkit.engine.init import resolve_init
 from llmkit.errors import ConfigError, DataError
 from llmkit.generation import generate, stream
 from llmkit.mask_filling import MASK_TEXTS, Candidates, fill_masks
-from llmkit.models.hf import load_model
-from llmkit.tokenizers.load import load_tokenizer
+from llmkit.models.heads import head_of
 from llmkit.tracking.logs import visible
 
 log = logging.getLogger("llmkit.generate")
@@ -33,9 +33,11 @@ def run(cfg: GenerateConfig, args: argparse.Namespace) -> int:
     folder = resolve_init(cfg.init)
     device = pick_device(cfg.engine.device)
     set_threads(cfg.engine.n_threads)
-    tokenizer = load_tokenizer(folder)
-    model = load_model(folder, device=device, dtype=AUTOCAST_DTYPE.get(cfg.engine.precision, torch.float32))
+    tokenizer = open_tokenizer(folder)
+    model = open_model(folder, device=device, dtype=AUTOCAST_DTYPE.get(cfg.engine.precision, torch.float32))
     check_vocabulary(tokenizer.vocab_size, model.config.vocab_rows)
+    if head_of(model) is not None:
+        raise ConfigError("the model was fine-tuned to answer, and writes no text", where="init", fix="llmkit predict")
     if model.config.kind == "encoder_decoder":
         hint_at_sentinels(prompts, len(tokenizer.token_ids().sentinel_ids))
     if model.config.kind != "encoder" and len(prompts) == 1 and sys.stdout.isatty():

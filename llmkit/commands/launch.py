@@ -54,6 +54,7 @@ def train(cfg: PretrainConfig | FinetuneConfig, folder: RunFolder, is_main: bool
                 progress = trainer.fit()
                 show_change(progress.first_losses, recorder.latest)
                 show_gap(recorder.latest)
+                show_best(trainer, folder)
             finally:
                 step = trainer.progress.step
         except BaseException as error:
@@ -78,6 +79,14 @@ def show_gap(latest: Mapping[str, float]) -> None:
     train, val = latest.get("train_part/loss"), latest.get("val/loss")
     if train is not None and val is not None:
         log.info("loss of training rows %.4f, of validation rows %.4f: a gap of %.4f", train, val, val - train)
+
+
+def show_best(trainer: Trainer, folder: RunFolder) -> None:
+    """Where the best checkpoint is, when it is not the last one."""
+    progress, name = trainer.progress, trainer.best_metric.name
+    best = folder.checkpoints / f"step_{progress.best_step}"
+    if progress.best_value is not None and progress.best_step < progress.step and best.is_dir():
+        log.info("%s was best after step %d (%.4f): init=%s", name, progress.best_step, progress.best_value, best)
 
 
 def outcome_of(error: BaseException) -> tuple[str, int]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import yaml
 
-from llmkit.commands.open_model import open_model
+from llmkit.commands.evaluate import trained_config
+from llmkit.commands.finetuning import for_task
+from llmkit.commands.open_model import open_model, open_tokenizer
 from llmkit.config.build import build
 from llmkit.config.schema import Node
 from llmkit.data.loader import check_vocabulary
@@ -19,11 +20,12 @@ from llmkit.engine.init import resolve_init
 from llmkit.engine.prediction import Answerer
 from llmkit.errors import ConfigError
 from llmkit.interfaces import Tokenizer
-from llmkit.models.head_config import HeadConfig
+from llmkit.models.heads import head_of
 from llmkit.objectives.for_task import objective_for
 from llmkit.settings import DeviceConfig, GenerationConfig, LossConfig
 from llmkit.task_interface import Prediction, Question, Task
-from llmkit.tokenizers.load import load_tokenizer
+
+log = logging.getLogger("llmkit.models")
 
 PLAIN_LOSS = LossConfig(label_smoothing=0.0, r_drop=0.0, chunk_size=None)
 
@@ -45,37 +47,78 @@ class TaskModel:
 
 
 def open_task_model(
-    init: str, node: Node | None, seq_len: int | None, generation: GenerationConfig, engine: DeviceConfig
+    init: str,
+    node: Node | None,
+    overrides: Sequence[str],
+    seq_len: int | None,
+    generation: GenerationConfig,
+    engine: DeviceConfig,
 ) -> TaskModel:
-    """The model of ``init`` with the task of ``node``, or with the one it was fine-tuned for."""
+    """The model of ``init`` with the task of ``node``, or with the one it was fine-tuned for.
+
+    What ``overrides`` does not name is as it was in the run behind ``init``: the task's settings, and ``seq_len``.
+    """
     folder = resolve_init(init)
-    task: Task = build(node if node is not None else trained_task(init))
+    trained = trained_config(init) or {}
+    task: Task = build(task_node(trained.get("task"), node, overrides))
     device = pick_device(engine.device)
     set_threads(engine.n_threads)
-    tokenizer, model = load_tokenizer(folder), open_model(folder, device=device)
+    tokenizer, model = for_task(task, open_tokenizer(folder)), open_model(folder, device=device)
     check_vocabulary(tokenizer.vocab_size, model.config.vocab_rows)
     kind = model.config.kind
     answers = task.answers(kind)
-    head: HeadConfig | None = getattr(getattr(model, "task_head", None), "config", None)
-    if answers != "text" and (head is None or head.kind != answers):
-        what = f"the model has no head for {task.name}"
-        raise ConfigError(what, where="init", fix=f"llmkit finetune task={task.name} init={init}, then use that run")
-    if answers == "class" and head is not None:
-        task = task.with_labels(list(head.labels))
-    max_len = min(seq_len or model.config.max_seq_len, model.config.max_seq_len)
+    check_head(task, model, answers, init)
+    if answers == "class":
+        task = with_head_labels(task, model)
+    usual = trained["data"]["seq_len"] if "task" in trained else None
+    max_len = min(seq_len or usual or model.config.max_seq_len, model.config.max_seq_len)
     objective = objective_for(answers, kind, PLAIN_LOSS)
     size = engine.micro_batch_size
     answerer = Answerer(task, objective, model, tokenizer, max_len, generation, device, size)
     return TaskModel(task, model, tokenizer, answerer, device, engine.precision)
 
 
-def trained_task(init: str) -> Node:
-    """The task of the run behind ``init``."""
-    folder = Path(init).expanduser()
-    for place in (folder, *folder.parents[:2]):  # a run, or a checkpoint inside one
-        if (place / "config.yaml").is_file():
-            config = yaml.safe_load((place / "config.yaml").read_text(encoding="utf-8"))
-            if "task" in config:
-                node: Node = config["task"]
-                return node
-    raise ConfigError("nothing says which task the model is for", where="task", fix="task=sentiment, or another task")
+def task_node(trained: Node | None, node: Node | None, overrides: Sequence[str]) -> Node:
+    """The task of a run; of the same task that was asked for, the settings that nobody gave are the run's."""
+    if node is None and trained is None:
+        raise ConfigError("nothing says which task the model is for", where="task", fix="task=sentiment, or another")
+    if node is None or trained is None or trained["_target_"] != node["_target_"]:
+        return trained if node is None else node  # type: ignore[return-value]
+    given = {word.partition("=")[0] for word in overrides}
+    kept = {name: trained[name] for name in node if name in trained and f"task.{name}" not in given}
+    for name in (name for name, value in kept.items() if value != node[name]):
+        log.info("task.%s is the run's: %s", name, kept[name])
+    return {**node, **kept}
+
+
+def refuse_unused(overrides: Sequence[str], names: Sequence[str], why: str) -> None:
+    """Raise ConfigError for a value on the command line that would change nothing."""
+    for name in (word.partition("=")[0] for word in overrides):
+        if name in names:
+            raise ConfigError(f"has no effect: {why}", where=name, fix="leave it out")
+
+
+def check_head(task: Task, model: Any, answers: str, init: str) -> None:
+    """Raises ConfigError for a model that does not answer in the way of the task."""
+    head = head_of(model)
+    have = "text" if head is None else head.config.kind
+    if have == answers:
+        return
+    shown = {"text": "by writing", "class": "with a label", "span": "with a span of its text"}
+    what = f"the model answers {shown[have]}, and {task.name} is answered {shown[answers]}"
+    raise ConfigError(what, where="init", fix=f"llmkit finetune task={task.name} init={init}, then use that run")
+
+
+def with_head_labels(task: Task, model: Any) -> Task:
+    """The task with the labels of the model's head; a head without names for them takes the task's."""
+    head = model.task_head
+    task = task.with_labels(list(head.config.labels))
+    labels = tuple(task.labels)  # type: ignore[attr-defined]
+    if sorted(labels) == sorted(head.config.labels):
+        return task
+    wanted = replace(head.config, labels=labels)
+    if not head.config.answers_as(wanted):
+        what = f"the model answers with {', '.join(head.config.labels)}"
+        raise ConfigError(what, where="task.labels", fix="leave task.labels out, or give these")
+    head.take(wanted)
+    return task

@@ -217,9 +217,21 @@ def make_trainer(
 def write_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     """The model as a Hugging Face folder, and its tokenizer."""
     save_model(model, folder, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    save_tokenizer(tokenizer, folder, row_kind(model))
+    write_tokenizer(model, tokenizer, folder)
+
+
+def write_tokenizer(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
+    """The tokenizer, so that others make of a text what ``model`` reads."""
+    save_tokenizer(tokenizer, folder, row_kind(model), segments=n_segments(model) > 1)
 
 
 def row_kind(model: Any) -> str:
     """The kind of model whose rows a tokenizer has to give; a head reads whole rows, their end included."""
     return "encoder" if head_of(model) is not None else str(model.config.kind)
+
+
+def n_segments(model: Any) -> int:
+    """How many segments a model tells apart; of a wrapped one as its own config says."""
+    if isinstance(model.config, TransformersConfig):
+        return getattr(model.hf.config, "type_vocab_size", 0) or 0
+    return getattr(model.config, "n_segments", 0)

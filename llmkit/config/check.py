@@ -181,12 +181,11 @@ class _Checker:
 
     def report_no_target(self, path: str, raw: Any) -> None:
         section, _, name = path.rpartition(".")
-        if not section and raw in (None, MISSING):
-            options = "|".join(sorted(file.stem for file in (recipes_dir() / path).glob("*.yaml")))
-            self.report(path, "one must be chosen", f"{path}={options}")
-            return
         if not section:
-            self.report(path, f"needs a {TARGET} that names its class, is {_shown(raw)}")
+            options = "|".join(sorted(file.stem for file in (recipes_dir() / path).glob("*.yaml")))
+            absent = raw in (None, MISSING)
+            what = "one must be chosen" if absent else f"needs a {TARGET} that names its class, is {_shown(raw)}"
+            self.report(path, what, f"{path}={options}" if options else "")
             return
         for key in self.spelt(path, raw):
             guess = nearest_key(key, known_keys(self.composed))

@@ -7,6 +7,7 @@ option of the group ``recipe``.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -215,10 +216,17 @@ def merge(old: dict[str, Any], new: dict[str, Any]) -> None:
             old[name] = copy.deepcopy(value)
 
 
+_FOREIGN = re.compile(r"In 'recipe/(.+)': Could not override '/?(\w+)'")
+
+
 def _composition_error(error: Exception, picked: Choices) -> ConfigError:
-    reason = error.__cause__ or error
+    reason = str(error.__cause__ or error).splitlines()[0]
+    foreign = _FOREIGN.match(reason)
+    if foreign:  # a recipe of another command
+        what = f"recipe={foreign[1]} is not for `llmkit {picked.command}`: it sets {foreign[2]}"
+        return ConfigError(what, where="recipe", fix="leave recipe out", problems=tuple(picked.problems))
     return ConfigError(
-        f"the configuration cannot be composed: {str(reason).splitlines()[0]}",
+        f"the configuration cannot be composed: {reason}",
         where=", ".join(picked.hydra),
         problems=tuple(picked.problems),
     )

@@ -229,6 +229,31 @@ def evaluates_everything(view: View) -> Iterator[Problem]:
             yield view.problem(name, "has no effect: every document of data.path is evaluated, each once")
 
 
+def beams(view: View) -> Iterator[Problem]:
+    """What was asked for by name and would do nothing. The default temperature is simply not used."""
+    asked = view.composed.from_command_line
+    if view["generation.n_beams"] == 1:
+        if "generation.length_penalty" in asked:
+            what = "has no effect: it compares the texts of a beam search"
+            yield view.problem("generation.length_penalty", what, "set generation.n_beams to 2 or more")
+        return
+    for path in ("generation.temperature", "generation.top_k", "generation.top_p"):
+        if path in asked and view[path] not in (0, None):
+            what, fix = "has no effect: beam search draws nothing by chance", "leave it out, or generation.n_beams=1"
+            yield view.problem(path, what, fix)
+
+
+def samples(view: View) -> Iterator[Problem]:
+    """Several texts for a question must be able to differ."""
+    n = getattr(view.objects["task"], "n_samples", 1)
+    if n > 1 and view["generation.n_beams"] > 1:
+        what = f"{n} texts are wanted for each question, but beam search gives one"
+        yield view.problem("generation.n_beams", what, "set generation.n_beams=1")
+    elif n > 1 and view["generation.temperature"] == 0:
+        what = f"{n} texts are wanted for each question, but at temperature 0 they are all the same"
+        yield view.problem("generation.temperature", what, "set generation.temperature=0.8, for example")
+
+
 def exported_types(view: View) -> Iterator[Problem]:
     """Not every format has every type of number."""
     have = {"hf": ("float32", "bfloat16", "float16"), "gguf": ("float32", "float16", "q8_0")}[view["format"]]
@@ -238,7 +263,7 @@ def exported_types(view: View) -> Iterator[Problem]:
 
 
 def resume(view: View) -> Iterator[Problem]:
-    if view.composed.command == "pretrain":
+    if view.composed.command in ("pretrain", "finetune"):
         yield from resume_problems(view.composed, view.values, view.objects["schedule"])
 
 
@@ -262,5 +287,7 @@ RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
     added_tokens,
     old_text,
     evaluates_everything,
+    beams,
+    samples,
     exported_types,
 )

@@ -28,6 +28,7 @@ from llmkit.config.overrides import Override, parse
 from llmkit.errors import ConfigError, LLMKitError, Problem, Stopped
 
 SCORE = "val/loss"
+SPELT = {"evaluate_task": ("evaluate",), "data_show": ("data", "show")}  # roots that are not called like their command
 STOPPED = 75
 _stopped = threading.Event()
 
@@ -142,7 +143,7 @@ def _task(command: str, flags: list[str], recipe: str, folder: Path, named: bool
         number = int(hydra.job.num)
         if named:
             overrides.append(f"run.name={config.run.name}-{number}")
-        words = [sys.executable, "-m", "llmkit", command, *flags, *overrides]
+        words = [sys.executable, "-m", "llmkit", *SPELT.get(command, (command,)), *flags, *overrides]
         code = STOPPED if _stopped.is_set() else _run_child(words)
         score = _score(Path(config.run.root).expanduser() / f"{config.run.name}-{number}") if named else None
         job = Job(number, overrides, code, score if code == 0 else None)

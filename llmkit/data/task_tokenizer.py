@@ -8,17 +8,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmkit.data import cache
+from llmkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from llmkit.interfaces import Tokenizer, TokenizerSpec
     from llmkit.task_interface import Question
 
 
-def task_tokenizer(spec: TokenizerSpec, questions: Sequence[Question], load: Callable[[Path], Tokenizer]) -> Tokenizer:
-    """The tokenizer that ``spec`` opens, or trains on all texts of ``questions``. All ranks may ask at once."""
-    if (opened := spec.open()) is not None:
+def task_tokenizer(
+    specs: Sequence[TokenizerSpec], questions: Sequence[Question], load: Callable[[Path], Tokenizer]
+) -> Tokenizer:
+    """The tokenizer that the first of ``specs`` opens, or trains on all texts of ``questions``; the next one where
+    they are too small for it. All ranks may ask at once. Raises ConfigError where they are too small for the last.
+    """
+    if (opened := specs[0].open()) is not None:
         return opened
     texts = list(dict.fromkeys(text for question in questions for text in _texts(question.fields)))
+    for number, spec in enumerate(specs, 1):
+        try:
+            return _trained(spec, texts, load)
+        except ConfigError:
+            if number == len(specs):
+                raise
+    raise AssertionError("there is at least one specification")
+
+
+def _trained(spec: TokenizerSpec, texts: Sequence[str], load: Callable[[Path], Tokenizer]) -> Tokenizer:
+    """From the cache, or trained now."""
     inputs = {"tokenizer": spec.key(), "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
     root, name = cache.cache_root(None), cache.entry_name(["task_tokenizer"], inputs)
     with cache.locked(root, name):

@@ -17,9 +17,12 @@ from llmkit.interfaces import Answer, Objective, Row, Tokenizer
 from llmkit.settings import GenerationConfig
 from llmkit.task_interface import Prediction, Question, Task
 
+Faults = Counter[str]  # how often which
+
 log = logging.getLogger("llmkit.prediction")
 
 WHOLE = 1 << 30  # more ids than any question has
+UNASKED = "cannot be asked ({}): answered with nothing"
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Answerer:
         answer = {"class": self._choose, "span": self._point, "text": self._write}[self.task.answers(self._kind)]
         by_length = sorted(range(len(questions)), key=lambda i: _length(questions[i]))  # so that little is padded
         found: dict[int, Prediction] = {}
-        faults: Counter[str] = Counter()
+        faults: Faults = Counter()
         was_training = self.model.training
         self.model.eval()
         try:
@@ -59,9 +62,10 @@ class Answerer:
                     for i in by_length[start : start + self.batch_size]
                     if (ids := self._ids(questions[i], faults))
                 }
-                with torch.no_grad():
-                    answers = answer([questions[i] for i in asked], list(asked.values()))
-                found |= zip(asked, answers, strict=True)
+                if asked:
+                    with torch.no_grad():
+                        answers = answer([questions[i] for i in asked], list(asked.values()), faults)
+                    found |= zip(asked, answers, strict=True)
         finally:
             self.model.train(was_training)
         for fault, n in faults.items():
@@ -73,27 +77,40 @@ class Answerer:
         kind: str = self.model.config.kind
         return kind
 
-    def _ids(self, question: Question, faults: Counter[str]) -> list[int]:
+    def _ids(self, question: Question, faults: Faults) -> list[int]:
         """What the model reads; empty where it cannot read the question."""
         if self.task.answers(self._kind) == "span":
             return [self.tokenizer.eos_id]  # windows are made of the whole context
         try:
-            whole = list(self.task.prompt(question, self.tokenizer, self._kind, WHOLE))
-            if len(whole) <= self._room:
-                return whole
-            cut = list(self.task.prompt(question, self.tokenizer, self._kind, self._room))
+            ids, n_cut = self.ask(question)
         except BadExample as bad:
-            faults[f"cannot be asked ({bad}): answered with nothing"] += 1
+            faults[UNASKED.format(bad)] += 1
             return []
-        faults[f"are longer than {self._room} tokens: a part was left out"] += 1
-        return cut
+        if not ids:
+            faults[UNASKED.format("no character of it is in the vocabulary")] += 1
+        if n_cut:
+            faults[f"are longer than {self._room} tokens: a part was left out{self._advice}"] += 1
+        return ids
+
+    def ask(self, question: Question) -> tuple[list[int], int]:
+        """(what the model reads, how many ids were left out to make it fit). Raises ``BadExample``."""
+        whole = list(self.task.prompt(question, self.tokenizer, self._kind, WHOLE))
+        if len(whole) <= self._room:
+            return whole, 0
+        cut = list(self.task.prompt(question, self.tokenizer, self._kind, self._room))
+        return cut, len(whole) - len(cut)
 
     @property
     def _room(self) -> int:
-        """Ids of a question; what a decoder writes must fit behind it."""
+        """Ids of a question; what a decoder writes must fit behind it, in the model's window."""
         if self._kind != "decoder" or self.task.answers(self._kind) != "text":
             return self.max_len
-        return self.max_len - min(self.settings.max_new_tokens, self.max_len // 2)
+        window: int = self.model.config.max_seq_len
+        return min(self.max_len, window - min(self.settings.max_new_tokens, window // 2))
+
+    @property
+    def _advice(self) -> str:
+        return "" if self._room == self.max_len else "; a smaller generation.max_new_tokens leaves more room"
 
     def _scores(self, rows: Sequence[Row]) -> np.ndarray[Any, Any]:
         """The head's logits NQC: one question with C classes, or the first and the last of C places."""
@@ -102,7 +119,7 @@ class Answerer:
         logits: np.ndarray[Any, Any] = choices.logits_NQC.double().cpu().numpy()
         return logits
 
-    def _choose(self, questions: Sequence[Question], prompts: Sequence[list[int]]) -> list[Prediction]:
+    def _choose(self, questions: Sequence[Question], prompts: Sequence[list[int]], _: Faults) -> list[Prediction]:
         """The likeliest label of each, and the probabilities of all."""
         rows = [Row(np.array(ids), (), answer=Answer(label=0)) for ids in prompts]
         labels = self.model.task_head.config.labels
@@ -113,29 +130,41 @@ class Answerer:
             found.append(Prediction(labels[int(logits_C.argmax())], scores))
         return found
 
-    def _point(self, questions: Sequence[Question], prompts: Sequence[list[int]]) -> list[Prediction]:
+    def _point(self, questions: Sequence[Question], prompts: Sequence[list[int]], faults: Faults) -> list[Prediction]:
         """The best span of each over all windows of its context; nothing where the question leaves no room for it."""
-        return [self._span(question) for question in questions]
+        task: Any = self.task
+        windows = [self._windows(question, faults) for question in questions]
+        rows = [window.row(None) for some in windows for window in some]
+        parts = [self._scores(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
+        logits = iter([one_2T.T for part in parts for one_2T in part])
+        return [
+            task.span_prediction(question, some, [next(logits) for _ in some]) if some else Prediction("")
+            for question, some in zip(questions, windows, strict=True)
+        ]
 
-    def _span(self, question: Question) -> Prediction:
+    def _windows(self, question: Question, faults: Faults) -> Sequence[Any]:
         task: Any = self.task
         try:
-            windows = task.windows(question, self.tokenizer, self.max_len)
+            windows: Sequence[Any] = task.windows(question, self.tokenizer, self.max_len)
         except BadExample as bad:
-            log.warning("%s cannot be asked (%s): answered with nothing", question.where, bad)
-            return Prediction("")
-        rows = [window.row(None) for window in windows]
-        parts = [self._scores(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
-        prediction: Prediction = task.span_prediction(question, windows, [one.T for part in parts for one in part])
-        return prediction
+            faults[UNASKED.format(bad)] += 1
+            return ()
+        return windows
 
-    def _write(self, questions: Sequence[Question], prompts: Sequence[list[int]]) -> list[Prediction]:
+    def _write(self, questions: Sequence[Question], prompts: Sequence[list[int]], _: Faults) -> list[Prediction]:
         """Generated texts, without outer white space."""
         n_samples = getattr(self.task, "n_samples", 1)
+        end_ids = end_ids_of(self.task, self.tokenizer)
         texts = generate_from_ids(
-            self.model, self.tokenizer, prompts, self.settings, device=self.device, n_samples=n_samples
+            self.model, self.tokenizer, prompts, self.settings, device=self.device, n_samples=n_samples, end_ids=end_ids
         )
         return [Prediction(first.strip(), {}, tuple(text.strip() for text in more)) for first, *more in texts]
+
+
+def end_ids_of(task: Task, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What ends a written answer beside the tokenizer's end token: the marks of a chat template."""
+    ends: tuple[int, ...] = task.end_ids(tokenizer) if hasattr(task, "end_ids") else ()
+    return ends
 
 
 def _length(question: Question) -> int:

@@ -12,6 +12,7 @@ position, so a resumed run repeats the unbroken one without any generator state 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,8 @@ from llmkit.settings import EngineConfig
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+log = logging.getLogger("llmkit.training")
 
 OBJECTIVE = "objective"  # the name of what is differentiated, among a step's sums
 
@@ -118,13 +121,15 @@ class Trainer:
         self.wrapped.train()
         self._clock_zero = time.perf_counter() - self.progress.elapsed_seconds
         stop = self._evaluate_if_due(force=self.evaluate_first and self.progress.step == 0)
-        while self.progress.step < self.max_steps and not stop and not self._time_is_up() and not self._has_stalled():
+        while self.progress.step < self.max_steps and not stop and not self._time_is_up() and not self.has_stalled:
             stop = self._advance()
             stop = self._evaluate_if_due() or stop
             if self._is_due(self.engine.save_every):
                 self._save()
         stop = stop or self._evaluate_if_due(force=True)
         self._save()
+        if self.has_stalled:
+            log.info("no better %s in %d evaluations: the run ends", self.best_metric.name, self.engine.patience)
         if stop:
             raise Stopped(
                 f"stopped after step {self.progress.step}; a checkpoint is saved", fix="run the same command to go on"
@@ -280,7 +285,8 @@ class Trainer:
         else:
             progress.evaluations_since_best += 1
 
-    def _has_stalled(self) -> bool:
+    @property
+    def has_stalled(self) -> bool:
         """Whether ``engine.patience`` evaluations have passed without a better one."""
         patience = self.engine.patience
         return patience is not None and self.progress.evaluations_since_best >= patience

@@ -33,10 +33,10 @@ def best_thresholds(
     """The thresholds that would have scored best by the rules of version 2, and what they score, 0 .. 100.
 
     ``predictions`` are the best answers, given where the ``margin`` of "no answer" over the answer is at most the
-    threshold; else there is no answer. Equal margins stand or fall together. Where no answer at all scores best, the
-    threshold is 1 below all margins.
+    threshold; else there is no answer, which is wrong where there is one. Equal margins stand or fall together. Where
+    no answer at all scores best, the threshold is 1 below all margins.
     """
-    n, found = max(len(predictions), 1), {}
+    n, found = max(len(predictions), 1), dict[str, float]()
     scores = [_best(said, gold, 2) for said, gold in zip(predictions, golds, strict=True)]
     for place, name in enumerate(("exact_match", "f1")):
         gains: dict[float, float] = {}
@@ -76,6 +76,5 @@ def _f1(said: str, gold: str, version: int) -> float:
 
 
 def _means(scores: Sequence[tuple[float, float]], prefix: str) -> dict[str, float]:
-    n = max(len(scores), 1)
-    names = (f"{prefix}exact_match", f"{prefix}f1")
-    return {name: 100 * sum(column) / n for name, column in zip(names, zip(*scores, strict=True), strict=False)}
+    totals = zip(("exact_match", "f1"), map(sum, zip(*scores, strict=True)) if scores else (0.0, 0.0), strict=True)
+    return {prefix + name: 100 * total / max(len(scores), 1) for name, total in totals}

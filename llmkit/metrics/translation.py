@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from llmkit.errors import missing_extra
-
 
 _TOKENIZERS = {"zh": "zh", "yue": "zh", **dict.fromkeys(("bo", "ja", "km", "lo", "my", "th"), "char")}
 
@@ -21,7 +21,8 @@ def sacre_bleu(
     installed, ``ValueError`` for a prediction without a reference.
     """
     try:
-        from sacrebleu.metrics import BLEU, CHRF
+        from sacrebleu.metrics.bleu import BLEU
+        from sacrebleu.metrics.chrf import CHRF
     except ModuleNotFoundError as error:
         raise missing_extra("sacrebleu", "metrics") from error
     if len(predictions) != len(references) or not all(references):
@@ -30,7 +31,7 @@ def sacre_bleu(
         return 0.0, 0.0, ("", "")
     bleu, chrf = BLEU(tokenize=tokenizer_for(language)), CHRF()
     n = max(map(len, references))
-    columns = [[texts[i] if i < len(texts) else None for texts in references] for i in range(n)]
+    columns: list[Any] = [[texts[i] if i < len(texts) else None for texts in references] for i in range(n)]
     scores = [metric.corpus_score(list(predictions), columns).score for metric in (bleu, chrf)]
     return scores[0], scores[1], (str(bleu.get_signature()), str(chrf.get_signature()))
 

@@ -44,7 +44,7 @@ def freeze(model: nn.Module, n_layers: int, embeddings: bool) -> int:
     """
     depth_of, there = depths(model)
     if not 0 <= n_layers <= there:
-        raise ConfigError(f"the model has {there} layers, {n_layers} cannot be frozen", where="freeze.layers")
+        raise ConfigError(f"the model has {there} layers, {n_layers} cannot be frozen", where="freeze.n_layers")
     stopped = 0
     for name, parameter in model.named_parameters():
         frozen = embeddings if depth_of[name] == 0 else depth_of[name] <= n_layers

@@ -35,6 +35,7 @@ class Chat:
     train_on: Literal["all", "last"]
 
     name: ClassVar[str] = "chat"
+    usual_kind: ClassVar[str] = "decoder"  # of the small model that is trained where none is given
     best_metric: ClassVar[str] = "loss"
     optional: ClassVar[tuple[str, ...]] = ()
 

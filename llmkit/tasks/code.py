@@ -135,9 +135,9 @@ def _chrf(questions: Sequence[Question], predictions: Sequence[Prediction]) -> t
 
 
 def program(question: Question, text: str) -> str:
-    """What is run: the setup, what the model wrote, and the tests."""
+    """What is run: what the model wrote, the setup of the tests, which may use it (so in MBPP), and the tests."""
     fields = question.fields
-    return "\n".join([*filter(None, [fields["setup"]]), extract(text), *fields["tests"], ""])
+    return "\n".join([extract(text), *filter(None, [fields["setup"]]), *fields["tests"], ""])
 
 
 def extract(text: str) -> str:

@@ -25,8 +25,13 @@ def bert_settings(*, lowercase: bool, strip_accents: bool | None) -> dict[str, A
         "do_lower_case": lowercase,
         "strip_accents": strip_accents,
         "tokenize_chinese_chars": True,
-        "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
+        "model_input_names": input_names(segments=True),
     }
+
+
+def input_names(segments: bool) -> list[str]:
+    """What ``transformers`` makes of a text by default."""
+    return ["input_ids", *(["token_type_ids"] if segments else []), "attention_mask"]
 
 
 def bert_json(

@@ -17,7 +17,7 @@ from llmkit.tokenizers import chat_template
 from llmkit.tokenizers import spans as places
 from llmkit.tokenizers import vocabulary as vocabularies
 from llmkit.tokenizers.added_tokens import entry, with_added
-from llmkit.tokenizers.bert_files import named, with_ends
+from llmkit.tokenizers.bert_files import input_names, named, with_ends
 from llmkit.tokenizers.folder import read_source, written
 from llmkit.tokenizers.hf_files import (
     CONFIG_FILE,
@@ -320,16 +320,17 @@ class HFTokenizer:
         model = self._backend.model
         return [[piece.id for piece in model.tokenize(letter)] for letter in str(self._backend.id_to_token(index))]
 
-    def save(self, folder: Path, *, kind: str | None = None) -> None:
+    def save(self, folder: Path, *, kind: str | None = None, segments: bool = True) -> None:
         """``tokenizer.json`` as it was read, and a configuration under which ``transformers`` takes it as it is.
 
-        A WordPiece vocabulary that llmkit trained is written for a model of ``kind``: without [SEP] for a decoder.
+        A WordPiece vocabulary that llmkit trained is written for a model of ``kind``: without [SEP] for a decoder, and
+        without segment ids where the model has none. (GPT-2's class there adds the embedding of any that it is given.)
         """
         folder.mkdir(parents=True, exist_ok=True)
         kept = {name: self._settings[name] for name in _KEPT_SETTINGS if name in self._settings}
         content = self._content
         if self._settings.get(FORMAT_KEY) == WORDPIECE:
-            kept[FORMAT_KEY] = WORDPIECE
+            kept |= {FORMAT_KEY: WORDPIECE, "model_input_names": input_names(segments)}
             content = with_ends(content, kind or "encoder")
         (folder / TOKENIZER_FILE).write_text(content, encoding="utf-8", newline="")
         config = {

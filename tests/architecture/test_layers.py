@@ -15,7 +15,7 @@ LAYERS = (
     ("commands",),
     ("engine", "config"),
     ("models", "objectives", "tasks", "tokenizers", "data", "generation", "mask_filling", "tracking"),
-    ("metrics", "seq2seq_generation", "gguf_file"),
+    ("metrics", "seq2seq_generation", "gguf_file", "code_runner"),
     ("task_interface",),
     ("interfaces",),
     ("settings", "errors", "redact", ""),

@@ -1,4 +1,4 @@
-"""Greedy and beam search against ``transformers`` on random weights: the same ids, 64 steps, prompts of many lengths."""
+"""Greedy and beam search against ``transformers`` on random weights: equal ids, 64 steps, prompts of many lengths."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     model = MODELS[request.param]().eval()
     with torch.no_grad():  # so that many texts end early
         if request.param == "bart":
-            model.output_bias[EOS] += 8.0
+            model.output_bias[EOS] += 4.0
         else:
             model.embedding.weight[EOS] *= 3.0
     save_model(model, folder, eos_id=EOS, pad_id=PAD)
@@ -131,7 +131,8 @@ def test_ids_equal_those_of_transformers(pair: tuple[Any, Any], settings: Genera
     rows = prompts(0)
     expected = theirs(other, rows, settings)
     assert ours(model, rows, settings) == expected
-    assert len({len(row) for row in expected}) > 1 or settings.n_beams == 1  # texts end at different steps
+    if settings == BEAMS:
+        assert len({len(row) for row in expected}) > 1  # texts end at different steps
 
 
 @pytest.mark.slow

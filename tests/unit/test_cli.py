@@ -104,12 +104,12 @@ def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "--help"]) == 0
+    assert main([*command.split(), "--help"]) == 0
     page = capsys.readouterr().out
     assert page.startswith(f"usage: llmkit {command} [flags]")
     assert COMMANDS[command].meaning in page
     assert ("keys (key=value)" in page) == COMMANDS[command].config
-    assert main(["help", command]) == 0
+    assert main(["help", *command.split()]) == 0
     assert capsys.readouterr().out == page
 
 

@@ -57,7 +57,7 @@ def records(path: str, max_bytes: int, numbers: Collection[str] = ()) -> Iterato
     with open_text(path) as stream:
         table = _Table(stream, path, max_bytes, _STRICT if _keeps_to_quotes(path, max_bytes) else _PLAIN)
         names = table.header()
-        rows = ((table.row_line, row) for row in table)
+        rows: Iterator[tuple[int, list[str]]] = ((table.row_line, row) for row in table)
         if not set(numbers) <= set(names):
             rows = chain([(table.row_line, names)], rows)
             names = [str(number) for number, _ in enumerate(names, 1)]

@@ -40,8 +40,9 @@ def save_model(
 
     Weights keep their type. A tied head is left out, and so are the output layers that a task head does not read where
     its class in transformers has none. Above ``max_shard_bytes`` there are shards. Only one tensor is copied at a time.
-    Raises ``CheckpointError`` when the disk refuses.
+    Raises ``CheckpointError`` when the disk refuses, and for a model with adapters, which no name in the files is for.
     """
+    _refuse_adapters(model, folder)
     architecture: ModelConfig = model.config  # type: ignore[assignment]
     if isinstance(architecture, TransformersConfig):
         from llmkit.models.transformers_files import save_wrapped
@@ -77,6 +78,18 @@ def save_model(
         _write_weights(rows, state, folder, max_shard_bytes)
     except OSError as error:
         raise CheckpointError(f"the model could not be written: {error}", where=str(folder)) from error
+
+
+def _refuse_adapters(model: nn.Module, folder: Path) -> None:
+    """What was trained would be left out without a word."""
+    from llmkit.models.adapters import adapters
+
+    if found := adapters(model):
+        what = f"the model has adapters ({next(iter(found))} among {len(found)}), which are no part of its own files"
+        fix = (
+            "merge them first (llmkit.models.adapters.merge), or save the adapter (llmkit.models.hf.peft.save_adapter)"
+        )
+        raise CheckpointError(what, where=str(folder), fix=fix)
 
 
 def _config(model: nn.Module, config: ModelConfig, family: Family) -> dict[str, Any]:

@@ -11,10 +11,13 @@ import torch
 import yaml
 
 from llmkit.commands.export import run
+from llmkit.commands.training import write_model
 from llmkit.config.build import build
 from llmkit.config.choices import recipes_dir
 from llmkit.config.schema import ExportConfig
 from llmkit.interfaces import Tokenizer
+from llmkit.models.head_config import HeadConfig
+from llmkit.models.heads import attach_head
 from llmkit.models.hf import save_model
 from llmkit.settings import CardConfig
 
@@ -56,6 +59,18 @@ def write_source(folder: Path, option: str, kind: str = "bpe", **changes: Any) -
     ids = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     save_model(small_model(option, tokenizer, **changes), folder, **ids)
     tokenizer.save(folder)
+    return folder
+
+
+def write_tuned(folder: Path, option: str, tokenizer_kind: str, head: HeadConfig, **changes: Any) -> Path:
+    """The same with a task head in which no weight is 0 or 1."""
+    tokenizer = trained(tokenizer_kind)
+    model = small_model(option, tokenizer, **changes)
+    attach_head(model, head, seed=0)
+    with torch.no_grad():
+        for parameter in model.task_head.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    write_model(model, tokenizer, folder)
     return folder
 
 

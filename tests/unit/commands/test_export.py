@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from llmkit.cli import main
 from llmkit.commands import export as command
 from llmkit.commands import export_check
+from llmkit.commands.exported import Exported
 from llmkit.engine import files
 from llmkit.errors import CheckpointError, ConfigError, NumericsError, Stopped
 from llmkit.models.hf import load_model
@@ -207,7 +208,7 @@ def test_gguf_has_not_every_model(option: str, name: str, tmp_path: Path, monkey
     """Said before the weights are read."""
     pytest.importorskip("gguf")
     source = write_source(tmp_path / "source", option)
-    monkeypatch.setattr(command, "load_model", None)
+    monkeypatch.setattr(command, "open_model", None)
     with pytest.raises(ConfigError, match=f"a {name} is not written as GGUF"):
         export(source, tmp_path / "out", "gguf")
     assert left_over(tmp_path / "out") == []
@@ -293,7 +294,7 @@ def test_a_fault_is_found_and_nothing_is_published(
     spoil, message = FAULTS[name]
     check = command.check_export
 
-    def spoilt(exported: export_check.Exported) -> Any:
+    def spoilt(exported: Exported) -> Any:
         spoil(exported.folder)
         return check(exported)
 
@@ -308,11 +309,12 @@ def test_a_computation_that_differs_there(llama: Path, tmp_path: Path, monkeypat
     """The files are right, but what transformers makes of them is not quite what llmkit does."""
     read = export_check.read_by_transformers
 
-    def other(exported: export_check.Exported) -> Any:
+    def other(exported: Exported) -> Any:
         reading = read(exported)
-        off = torch.zeros_like(reading.logits_BTV)
+        (logits_BTV,) = reading.logits
+        off = torch.zeros_like(logits_BTV)
         off[0, 0, 0] = 1
-        return reading._replace(logits_BTV=reading.logits_BTV + off)
+        return reading._replace(logits=[logits_BTV + off])
 
     monkeypatch.setattr(export_check, "read_by_transformers", other)
     monkeypatch.setattr(export_check, "ROUNDING", {"float32": 1.0})
@@ -325,7 +327,7 @@ def test_a_greedy_text_that_differs_there(llama: Path, tmp_path: Path, monkeypat
     """One id of 32; two ids whose logits are the same within the tolerance are as good as one another."""
     read = export_check.read_by_transformers
 
-    def other(exported: export_check.Exported) -> Any:
+    def other(exported: Exported) -> Any:
         reading = read(exported)
         return reading._replace(new_ids=[*reading.new_ids[:-1], (reading.new_ids[-1] + 1) % 300])
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from llmkit.commands.exported import Subject
 from llmkit.commands.model_card import NOT_STATED, read_run, write_card
-from llmkit.models.hf import load_config
-from llmkit.tokenizers.load import load_tokenizer
+from llmkit.commands.open_model import open_model, open_tokenizer
 from tests.unit.commands.exporting import config, write_source
 
 RUN = {
@@ -49,7 +49,7 @@ def card(source: Path, out: Path, init: str | None = None, **given: str) -> tupl
     out.mkdir()
     cfg = config(init or source, out, **given)
     findings = [("greedy tokens", "32 of 32 equal")]
-    write_card(cfg, source, load_config(source), load_tokenizer(source), findings, out)
+    write_card(cfg, source, Subject.of(open_model(source), open_tokenizer(source)), findings, out)
     text = (out / "README.md").read_text(encoding="utf-8")
     _, matter, body = text.split("---\n", 2)
     lines = [
@@ -95,6 +95,72 @@ def test_a_run_is_described(tmp_path: Path) -> None:
     }
     assert {name: rows[name] for name in expected} == expected
     assert "optim/lr" not in rows
+
+
+TUNED = {
+    "objective": None,
+    "task": {"_target_": "llmkit.tasks.sentiment.Sentiment", "labels": None},
+    "data": {"path": "/srv/people/ann/reviews.jsonl", "target_path": None, "val_path": None, "val_fraction": 0.1}
+    | {"seq_len": None},
+    "loss": {"label_smoothing": 0.1, "r_drop": 0.0},
+    "freeze": {"n_layers": 2, "embeddings": False},
+    "engine": {"precision": "fp32", "best_metric": None},
+}
+LOG = """2026-01-01 10:00:00 data: /srv/people/ann/old.jsonl: 10 questions; columns: text
+2026-01-02 10:00:00 data: /srv/people/ann/reviews.jsonl: 1,200 questions; columns: text=review, label
+2026-01-02 10:00:00 data: questions: 1,080 for training, 120 for validation
+2026-01-02 10:00:01 training rows: 1,080 rows of 1,080 questions, 9,000 tokens
+2026-01-02 10:00:01 training rows: left out: 3 too long (first: /srv/people/ann/reviews.jsonl:7)
+2026-01-02 10:00:01 validation rows: 120 rows of 120 questions, 1,000 tokens
+"""
+
+
+def write_tuned_run(root: Path, best_step: int, **changes: Any) -> Path:
+    model = write_run(root, **{**TUNED, **changes})
+    (root / "notes" / "train.log").write_text(LOG)
+    state = json.loads((model.parent / "state.json").read_text())
+    state["progress"]["best_step"] = best_step
+    (model.parent / "state.json").write_text(json.dumps(state))
+    return model
+
+
+def test_a_fine_tuned_run_is_described(tmp_path: Path) -> None:
+    _, rows, text = card(write_tuned_run(tmp_path, best_step=4), tmp_path / "out")
+    expected = {
+        "task": "Sentiment(labels=None)",
+        "answers with": "text",
+        "rows": "reviews.jsonl",
+        "columns": "text=review, label",
+        "questions": "1,080 for training, 120 for validation",
+        "training rows": "1,080 rows of 1,080 questions, 9,000 tokens",
+        "validation rows": "120 rows of 120 questions, 1,000 tokens",
+        "held out": "10.0% of the rows",
+        "loss": "label_smoothing=0.1, r_drop=0.0",
+        "frozen": "n_layers=2, embeddings=False",
+        "batch": "64 rows of at most 48 tokens",
+        "val/loss": "3.25",
+        "best step": "4, by val/accuracy",
+        "val/loss at step 4": "3.5",
+        "train/loss at step 4": "3.7",
+    }
+    assert {name: rows[name] for name in expected} == expected
+    assert "objective" not in rows
+    assert "ann" not in text
+
+
+def test_the_best_step_itself(tmp_path: Path) -> None:
+    """Its metrics stand once; and a task that is unknown to this version is no reason to fail."""
+    changes = {"task": {"_target_": "llmkit.tasks.gone.Gone"}}
+    _, rows, _ = card(write_tuned_run(tmp_path, best_step=6, **changes), tmp_path / "out")
+    assert rows["best step"] == "6, by val/loss"
+    assert rows["task"] == "Gone()"
+    assert not [name for name in rows if " at step " in name]
+
+
+def test_rows_that_come_with_llmkit(tmp_path: Path) -> None:
+    data = {**TUNED["data"], "path": None}  # type: ignore[dict-item]
+    _, rows, _ = card(write_tuned_run(tmp_path, best_step=6, data=data), tmp_path / "out")
+    assert rows["rows"].startswith("the rows that come with llmkit")
 
 
 def test_nothing_of_the_machine(tmp_path: Path) -> None:

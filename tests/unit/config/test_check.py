@@ -15,7 +15,16 @@ from llmkit.config.schema import ROOTS
 from llmkit.config.yaml_file import dump, read_yaml
 from tests.unit.config.helpers import checked, problems
 
-NEEDED = {"evaluate": ("init=x", "data.path=x"), "generate": ("init=x",), "export": ("init=x", "out=y")}
+NEEDED = {
+    "evaluate": ("init=x", "data.path=x"),
+    "generate": ("init=x",),
+    "export": ("init=x", "out=y"),
+    "finetune": ("task=sentiment",),
+    "evaluate_task": ("task=sentiment", "init=x"),
+    "predict": ("init=x",),
+    "chat": ("init=x",),
+    "data_show": ("task=sentiment",),
+}
 
 
 def all_keys(command: str) -> list[str]:
@@ -33,7 +42,7 @@ def misspelt(key: str) -> str:
     return f"{section}{dot}{leaf[:-1]}{leaf[-1] * 2}"
 
 
-@pytest.mark.parametrize("command", ["pretrain", "evaluate", "generate"])
+@pytest.mark.parametrize("command", ["pretrain", "finetune", "evaluate", "generate"])
 def test_every_key_misspelt_by_one_letter_is_caught_with_the_right_suggestion(command: str) -> None:
     keys = all_keys(command)
     assert len(keys) > 10

@@ -47,6 +47,9 @@ def test_a_wrong_choice_is_an_error(tmp_path: Path) -> None:
         config_help("pretrain", ["model=gpt3"], None)
 
 
+NEED_INIT = ("evaluate", "generate", "export", "evaluate_task", "predict", "chat")
+
+
 @pytest.mark.parametrize("command", ROOTS)
 def test_needed_values_are_marked(command: str) -> None:
-    assert ("needed" in config_help(command, [], None)) == (command in ("evaluate", "generate", "export"))
+    assert ("needed" in config_help(command, [], None)) == (command in NEED_INIT)

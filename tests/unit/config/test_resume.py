@@ -56,12 +56,16 @@ CHANGED = {
     "engine.save_every": "7",
     "engine.keep_last": "3",
     "engine.keep_best": "false",
+    "engine.patience": "3",
     "engine.on_nonfinite": "skip",
     "engine.max_skipped_steps": "5",
     "engine.timeout_minutes": "3",
     "data.old_val_path": None,  # needs init
     "data.n_workers": "1",
     "data.cache_dir": "x",
+    "loss.chunk_size": None,  # these are finetune's
+    "data.max_answers": None,
+    "generation": None,
     "objective.chunk_size": "64",
     "callbacks": "none",
     "tracking": "none",
@@ -83,6 +87,7 @@ OTHER = {
     "schedule.warmup_steps": "1", "schedule.min_lr_ratio": "0", "schedule.decay_fraction": "0.5",
     "objective.label_smoothing": "0.1", "objective.z_loss": "0.1", "model.d_model": "128", "model.dropout": "0.1",
     "tokenizer.vocab_size": "512", "add_tokens": "[a]",
+    "engine.best_metric": "accuracy",
 }  # fmt: skip
 
 

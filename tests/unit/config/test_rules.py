@@ -33,7 +33,8 @@ BROKEN = {
 
 
 def test_every_rule_has_a_case() -> None:
-    elsewhere = {"evaluates_everything", "exported_types"}  # of other commands: tests/integration, test_export.py
+    # of other commands: below, tests/integration, test_export.py
+    elsewhere = {"beams", "samples", "evaluates_everything", "exported_types"}
     assert {rule.__name__ for rule in RULES} == set(BROKEN) | elsewhere
 
 
@@ -140,3 +141,35 @@ def test_rows_that_hold_no_pair(overrides: list[str], command: str, is_wrong: bo
     found = problems(*overrides, command=command)
     assert set(found) == ({"data.seq_len"} if is_wrong else set())
     assert not is_wrong or found["data.seq_len"].fix == "set data.seq_len to at least 16"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wrong"),
+    [
+        (["n_beams=4"], []),
+        (["n_beams=4", "temperature=0", "top_k=null", "length_penalty=0.6"], []),
+        (["n_beams=4", "temperature=0.7", "top_k=5", "top_p=0.9"], ["temperature", "top_k", "top_p"]),
+        (["temperature=0.7", "top_k=5"], []),
+        (["length_penalty=1.0"], ["length_penalty"]),
+        (["n_beams=0"], ["n_beams"]),
+        (["no_repeat_ngram_size=0"], ["no_repeat_ngram_size"]),
+    ],
+)
+def test_beams_need_no_temperature_and_take_none(overrides: list[str], wrong: list[str]) -> None:
+    found = problems("init=runs/x", *(f"generation.{line}" for line in overrides), command="generate")
+    assert list(found) == [f"generation.{name}" for name in wrong]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wrong"),
+    [
+        (["task.k=[1]"], None),
+        (["task.k=[1,5]"], "generation.temperature"),
+        (["task.k=[1,5]", "generation.temperature=0.8"], None),
+        (["task.k=[1,5]", "generation.n_beams=2"], "generation.n_beams"),
+        (["task.k=[1,5]", "task.run_code=false"], None),
+    ],
+)
+def test_several_texts_for_a_question_must_differ(overrides: list[str], wrong: str | None) -> None:
+    line = ["init=runs/x", "task=code", "data.path=x.jsonl", "task.run_code=true", *overrides]
+    assert list(problems(*line, command="evaluate_task")) == ([] if wrong is None else [wrong])

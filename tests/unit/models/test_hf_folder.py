@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmkit.errors import CheckpointError
+from llmkit.models.adapter_config import LoraConfig
+from llmkit.models.adapters import attach, merge
 from llmkit.models.config import DecoderConfig
 from llmkit.models.decoder import Decoder
 from llmkit.models.hf import load_config, load_model, save_model
@@ -356,3 +358,16 @@ def test_a_model_of_another_library_has_no_family() -> None:
     with pytest.raises(CheckpointError, match="no table of tensor names for a TransformersConfig"):
         family_of(config)
     assert fitting_family(llama()) is family_of(llama())
+
+
+def test_a_model_with_adapters_is_not_saved(tmp_path: Path) -> None:
+    """The tables have no name for them: what was trained would be lost without a word."""
+    model = built(llama())
+    attach(model, LoraConfig(2, 4, 0.0, ["q"], False, False, False, True), seed=0)
+    with pytest.raises(CheckpointError, match=r"the model has adapters \(blocks\.0\.attention\.q among 2\)") as caught:
+        save_model(model, tmp_path / "model")
+    assert "merge them first" in caught.value.fix
+    assert not (tmp_path / "model").exists()
+    merge(model)
+    save_model(model, tmp_path / "model")
+    assert same_weights(load_model(tmp_path / "model"), model)

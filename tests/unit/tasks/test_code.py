@@ -69,11 +69,11 @@ def test_no_python(code: str) -> None:
     assert not is_python(code)
 
 
-def test_a_program_is_setup_answer_and_tests() -> None:
+def test_a_program_is_answer_setup_and_tests() -> None:
     question = ask(task("code"), **RECORD)
     text = "```python\ndef add(a, b):\n    return a + b\n```"
     assert program(question, text).splitlines() == [
-        *("import math", "def add(a, b):", "    return a + b", "assert add(1, 2) == 3")
+        *("def add(a, b):", "    return a + b", "import math", "assert add(1, 2) == 3")
     ]
     bare = Question({"setup": "", "tests": ["assert 1", "assert 2"]}, "", 0)
     assert program(bare, "x").splitlines() == ["x", "assert 1", "assert 2"]

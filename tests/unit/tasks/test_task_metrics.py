@@ -32,7 +32,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
         setattr(fake, name, call)
 
-    table = {"negative": ClassScores(0.1, 0.2, 0.3, 4)}
+    table = {label: ClassScores(0.1, 0.2, 0.3, 4) for label in ("negative", "positive")}
     report = ClassReport(0.7, 0.6, 0.2, table, [[1, 0], [1, 1]])
     stand_in("metrics.classification", "classification_report", report)
     stand_in("metrics.rouge", "rouge", {"rouge1": 10.0, "rougeL": 9.0})
@@ -57,7 +57,8 @@ def test_sentiment(calls: list[Any]) -> None:
     assert job.best_metric in job.metrics(questions, said)
     details = job.details(questions, said)
     assert details["labels"] == ["negative", "positive"]
-    assert details["per_class"] == {"negative": {"precision": 0.1, "recall": 0.2, "f1": 0.3, "support": 4}}
+    row = {"precision": 0.1, "recall": 0.2, "f1": 0.3, "support": 4}
+    assert details["per_class"] == {"negative": row, "positive": row}
     assert details["confusion"] == [[1, 0], [1, 1]]
 
 
@@ -78,7 +79,7 @@ def test_translation(calls: list[Any]) -> None:
     job = task("translation")
     questions = [ask(job, source="a", target="b ")]
     assert job.metrics(questions, [Prediction(" c\n")]) == {"bleu": 30.0, "chrf": 50.0}
-    assert calls == [("sacre_bleu", (["c"], [["b"]]))]
+    assert calls == [("sacre_bleu", (["c"], [["b"]], "de"))]
     assert job.details(questions, [Prediction("c")]) == {"signatures": {"bleu": "nrefs:1", "chrf": "nc:6"}}
 
 

@@ -199,7 +199,7 @@ def train_batches(
 ) -> TrainBatches:
     """This rank's share of the training rows, in an order that no number of ranks changes."""
     order = SampleOrder(tuple(data.n_sequences for data in work.train), work.weights, cfg.run.seed)
-    check_enough(order.n_samples, global_batch_size(engine, world_size))
+    check_enough(order.n_samples, global_batch_size(engine, world_size), of_task=work.command == "finetune")
     sizes = engine.micro_batch_size, engine.grad_accum_steps
     return TrainBatches(work.train, order, collate, *sizes, rank, world_size)
 

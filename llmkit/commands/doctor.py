@@ -38,6 +38,7 @@ REQUIRED = {
 EXTRAS = {
     "hf": ("transformers", "tokenizers", "jinja2"),
     "gguf": ("gguf",),
+    "metrics": ("sacrebleu",),
     "parquet": ("pyarrow",),
     "zstd": ("zstandard",),
 }

@@ -6,7 +6,6 @@ left between two readings of one file is the order of sums. One model is in memo
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -21,10 +20,10 @@ from torch.nn.functional import linear
 
 from llmkit.commands.exported import TEXTS, Exported, Finding, Reading, Subject, differing, first_line, mismatch
 from llmkit.commands.head_check import LOADERS, head_logits, read_head
-from llmkit.errors import ConfigError, DataError
+from llmkit.commands.template_check import check_chats
+from llmkit.errors import LLMKitError
 from llmkit.interfaces import IGNORE_INDEX, Batch, ModelConfig, Tokenizer, Tokens
 from llmkit.models.hf import load_config, load_model
-from llmkit.tokenizers.chat_template import ChatTemplate
 from llmkit.tokenizers.load import load_tokenizer
 
 ROWS, COLUMNS, SEED = 2, 32, 1  # of the ids whose logits are compared
@@ -32,13 +31,6 @@ PROMPT, NEW_TOKENS = 16, 32  # of the greedy text
 SUMMING = 1e-4  # of the largest logit: what another order of sums may change
 # Of the spread of the logits, root mean square: what rounded weights may change. Two unrelated models differ by 1.4.
 ROUNDING = {"float32": 1e-4, "float16": 0.05, "bfloat16": 0.3, "q8_0": 0.3}
-_USER = {"role": "user", "content": "What is 2 + 2?"}
-_ANSWER = {"role": "assistant", "content": "It is 4."}
-CHATS = (
-    [_USER],
-    [_USER, _ANSWER, {"role": "user", "content": "  And 3 + 3?\n"}],
-    [{"role": "system", "content": "You are brief."}, _USER, _ANSWER],
-)
 
 log = logging.getLogger("llmkit.export")
 
@@ -158,6 +150,8 @@ def _opened(exported: Exported, kind: Any) -> tuple[Any, dict[str, Any]]:
             output_loading_info=True,
             **gguf,
         )
+    except LLMKitError:  # a stop signal's among them
+        raise
     except Exception as error:  # whatever its readers raise says that they do not read the file
         raise mismatch(exported, f"transformers cannot open it: {first_line(error)}") from error
     return model.eval(), info
@@ -246,7 +240,7 @@ def _check_texts(exported: Exported) -> list[Finding]:
     after = "; transformers, not llama.cpp, puts a space before every text" if spaced else ""
     findings = [Finding("tokenizer", f"{len(TEXTS)} texts equal, there and back{after}")]
     if exported.template is not None:
-        findings.append(_check_chats(exported, exported.template, theirs))
+        findings.append(check_chats(exported, exported.template))
     return findings
 
 
@@ -255,6 +249,8 @@ def _opened_tokenizer(exported: Exported) -> Any:
     gguf = {} if exported.file is None else {"gguf_file": exported.file}
     try:
         return transformers.AutoTokenizer.from_pretrained(exported.folder, local_files_only=True, **gguf)
+    except LLMKitError:  # a stop signal's among them
+        raise
     except Exception as error:  # as above
         raise mismatch(exported, f"transformers cannot open the tokenizer: {first_line(error)}") from error
 
@@ -278,28 +274,6 @@ def _spaced_there_only(exported: Exported) -> bool:
 
     file = read_gguf(exported.model)
     return file.text(KIND) == "llama" and file.metadata.get(ADD_SPACE) is False
-
-
-def _check_chats(exported: Exported, template: ChatTemplate, theirs: Any) -> Finding:
-    """What the template makes of a few conversations. One that it refuses in our sandbox is not tried in another."""
-    rendered = 0
-    for chat in CHATS:
-        for prompted in (False, True):
-            try:
-                expected = template.render(chat, add_generation_prompt=prompted)
-            except (ConfigError, DataError):  # templates may refuse an order of roles, a system message ...
-                continue
-            if (got := _rendered_there(theirs, chat, prompted)) != expected:
-                raise mismatch(exported, f"the chat template gives {got!r:.200} there, not {expected!r:.200}")
-            rendered += 1
-    return Finding("chat template", f"{rendered} prompts equal, {2 * len(CHATS) - rendered} refused by it")
-
-
-def _rendered_there(theirs: Any, chat: list[dict[str, str]], prompted: bool) -> str:
-    try:
-        return str(theirs.apply_chat_template(copy.deepcopy(chat), tokenize=False, add_generation_prompt=prompted))
-    except Exception as error:  # a template raises what it likes
-        return first_line(error)
 
 
 def _flat(parts: Sequence[Tensor]) -> Tensor:

@@ -177,7 +177,7 @@ def for_task(task: Task, tokenizer: Tokenizer) -> Tokenizer:
         return tokenizer
     with_one, given = with_template(tokenizer)
     if given:
-        log.info("the tokenizer has no chat template: a plain one is used, and saved with the model")
+        log.info("the tokenizer has no chat template: a plain one is used")
     templated: Tokenizer = with_one
     return templated
 

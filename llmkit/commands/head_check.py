@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmkit.commands.exported import TEXTS, Exported, Finding, Reading, Subject, first_line, mismatch
-from llmkit.errors import BadExample, ConfigError
+from llmkit.errors import BadExample, ConfigError, LLMKitError
 from llmkit.interfaces import Answer, Row
 from llmkit.objectives.for_task import objective_for
 from llmkit.settings import LossConfig
@@ -91,6 +91,8 @@ def read_head(exported: Exported, model: Any, tokenizer: Any, library: str) -> R
         try:
             with torch.no_grad():
                 output = model(**inputs)
+        except LLMKitError:  # a stop signal's among them
+            raise
         except Exception as error:  # of a library
             raise mismatch(exported, f"transformers cannot compute {probe.texts!s:.60}: {first_line(error)}") from error
         found.append(_logits(output))

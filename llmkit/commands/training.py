@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,13 @@ from llmkit.config.yaml_file import read_yaml
 from llmkit.data.datasets import dataset_for, needs_sentences
 from llmkit.data.loader import check_vocabulary
 from llmkit.data.prepare import PreparedData, prepare
+from llmkit.data.readers.base import find_sources
 from llmkit.data.token_shards import TokenShards
 from llmkit.engine.checkpoint import Checkpoint
 from llmkit.engine.init import resolve_init
 from llmkit.engine.recorder import Recorder
 from llmkit.engine.trainer import Trainer
-from llmkit.errors import ConfigError
+from llmkit.errors import ConfigError, DataError
 from llmkit.interfaces import Batch, ModelConfig, Objective, Row, SequenceDataset, TokenIds, Tokenizer
 from llmkit.models.heads import detach_head, head_of
 from llmkit.models.hf import load_model, save_model
@@ -80,6 +82,9 @@ def load_text(cfg: PretrainConfig, *, progress: bool) -> Text:
     """Tokenizer and token shards, from the cache where their inputs are unchanged."""
     init = None if cfg.init is None else resolve_init(cfg.init)
     objective: Objective = build(cfg.objective)
+    if cfg.data.old_val_path is not None:  # before the main text, which takes long
+        with naming_old_text():
+            find_sources(cfg.data.old_val_path)
     prepared = prepare(
         cfg.data,
         None if init else build(cfg.tokenizer),
@@ -97,15 +102,26 @@ def old_text(cfg: PretrainConfig, tokenizer: Tokenizer, objective: Objective, *,
     """``data.old_val_path`` in the tokens of the run: all of it, nothing held out."""
     if cfg.data.old_val_path is None:
         return None
-    return prepare(
-        replace(cfg.data, path=cfg.data.old_val_path, weights=None, val_path=None, val_fraction=0.0),
-        None,
-        tokenizer=tokenizer,
-        load=load_tokenizer,
-        report=tokenizer_report,
-        sentences=needs_sentences(objective),
-        progress=progress,
-    )
+    with naming_old_text():
+        return prepare(
+            replace(cfg.data, path=cfg.data.old_val_path, weights=None, val_path=None, val_fraction=0.0),
+            None,
+            tokenizer=tokenizer,
+            load=load_tokenizer,
+            report=tokenizer_report,
+            sentences=needs_sentences(objective),
+            progress=progress,
+        )
+
+
+@contextmanager
+def naming_old_text() -> Iterator[None]:
+    """Errors of reading ``data.path`` become those of ``data.old_val_path``, which is read in the same way."""
+    try:
+        yield
+    except DataError as error:
+        error.where = error.where.replace("data.path", "data.old_val_path")
+        raise
 
 
 def starting_model(cfg: PretrainConfig, text: Text, checkpoint: Checkpoint | None) -> Any:

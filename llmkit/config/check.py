@@ -137,7 +137,15 @@ class _Checker:
         fits = "|".join(recipes_of(self.composed.command, group, option))
         fix = f"use a recipe of {group}={option}, recipe={fits}, or" if fits else "write a recipe of your own, or"
         what = f"{group}={option} has no {', '.join(keys)}, which recipe={recipe} sets"
-        self.report(group, what, f"{fix} leave {group}={option} out")
+        fix = f"{fix} leave {group}={option} out"
+        if self.composed.plain.get("init") is not None and self.opens_init(group):
+            fix = f"leave recipe={recipe} out, and give what else you want of it, such as objective=..."
+        self.report(group, what, fix)
+
+    def opens_init(self, group: str) -> bool:
+        """Whether the option of a group says how to open the model of ``init``, so that a recipe is not needed."""
+        target = self.composed.plain[group].get(TARGET)
+        return isinstance(target, str) and bool(getattr(resolve(target), "with_init", ()))
 
     def left_over(self, prefix: str, path: str) -> str:
         """How to mend a key of the class that stood here before another ``_target_`` was written over it."""

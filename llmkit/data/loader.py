@@ -97,14 +97,17 @@ def eval_batches(
         yield collate([dataset.row(row, (VALIDATION_SEED, row), None) for row in rows])
 
 
-def check_enough(n_sequences: int, global_batch_size: int) -> None:
-    """Raise DataError for a corpus smaller than one step, with both numbers."""
-    if n_sequences < global_batch_size:
-        raise DataError(
-            f"the training text gives {n_sequences} sequence(s), one step takes {global_batch_size}",
-            where="data.path",
-            fix="give more text, or lower data.seq_len, engine.micro_batch_size or engine.grad_accum_steps",
-        )
+def check_enough(n_sequences: int, global_batch_size: int, *, of_task: bool = False) -> None:
+    """Raise DataError for data smaller than one step, with both numbers. ``of_task``: one row is one question, so
+    that shorter rows are not more rows.
+    """
+    if n_sequences >= global_batch_size:
+        return
+    what, more = f"the training text gives {n_sequences} sequence(s)", "give more text, or lower data.seq_len,"
+    if of_task:
+        what, more = f"the training data gives {n_sequences} row(s)", "give more rows, or lower"
+    fix = f"{more} engine.micro_batch_size or engine.grad_accum_steps"
+    raise DataError(f"{what}, one step takes {global_batch_size}", where="data.path", fix=fix)
 
 
 def check_vocabulary(vocab_size: int, n_embedding_rows: int) -> None:

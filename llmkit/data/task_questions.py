@@ -229,7 +229,8 @@ def _check(report: FilesReport, data: TaskDataConfig, setting: str, columns: Seq
     total = report.bad.total + report.n_questions
     what = f"{report.bad.total:,} of {total:,} records of {report.path} cannot be used ({report.bad_fraction:.2%})"
     if not report.n_questions:
-        what = f"no record of {report.path} can be used; there are the columns {', '.join(columns)}"
+        what = f"no record of {report.path} can be used; "
+        what += f"there are the columns {', '.join(columns)}" if columns else "there is no record in it"
         fix = "give records of this task, or say which column is which: data.columns.<role>=<column>"
     else:
         allowed = -(-report.bad_fraction * 1000 // 1) / 1000

@@ -14,9 +14,15 @@ from llmkit.models.hf.weight_files import PICKLES
 
 ADAPTER_CONFIG = "adapter_config.json"  # of a folder in the format of peft
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]+)?")
-# Weights, configuration and tokenizer; no pickles, no code, no copies in other frameworks' subfolders.
-HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "merges.txt", "vocab.txt"]
-HUB_LEFT_OUT = ["*/*", "consolidated*", "*.py"]
+TEMPLATES = "additional_chat_templates"  # the one subfolder that belongs to a tokenizer
+# Weights, configuration, tokenizer, and the model card for its licence; no code.
+HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "*.model", "*.spm", "*.jinja", "merges.txt", "vocab.txt"]
+HUB_FILES += ["README.md"]
+# Pickles, code, and every subfolder but that of the templates, of which files end in ".jinja". A pattern's ``*`` goes
+# past ``/`` and none can say "not this folder": each of these drops the folders whose name parts from it at one letter.
+HUB_LEFT_OUT = ["consolidated*", "*.py", "*.pkl", "*.pickle", *PICKLES, f"{TEMPLATES}/*[!a]", f"{TEMPLATES}/*/*"]
+HUB_LEFT_OUT += [f"{TEMPLATES[:at]}[!{letter}]*/*" for at, letter in enumerate(f"{TEMPLATES}/")]
+HUB_LEFT_OUT += [f"{TEMPLATES[:at]}/*" for at in range(1, len(TEMPLATES))]
 
 
 def resolve_init(init: str) -> Path:
@@ -36,7 +42,11 @@ def resolve_init(init: str) -> Path:
         raise ConfigError(f"{init} is a file, not a folder", where="init", fix=f"init={path.parent}")
     if _looks_local(init):
         raise ConfigError(f"{init} does not exist", where="init", fix=_suggestion(path))
-    return _checked(_from_hub(init, path))
+    folder = _from_hub(init, path)
+    try:
+        return _checked(folder)
+    except (ConfigError, CheckpointError) as error:
+        raise _hub_error(init, error) from error
 
 
 def _model_in(folder: Path) -> Path:
@@ -61,7 +71,7 @@ def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file() and not is_adapter(folder):
         if len(single := list(folder.glob(f"*{SUFFIX}"))) == 1:
             return single[0]
-        inside = sorted(entry.name for entry in folder.iterdir())[:5]
+        inside = sorted(entry.name for entry in folder.glob("*"))[:5]
         raise ConfigError(
             f"{folder} holds no model: config.json is missing (found: {', '.join(inside) or 'nothing'})",
             where="init",
@@ -125,6 +135,26 @@ def _from_hub(init: str, path: Path) -> Path:
         why = "is not in the local cache and HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "cannot be fetched"
         raise _unreachable(init, why, f"{_suggestion(path)}; otherwise download it once while online") from error
     return Path(folder)
+
+
+def _hub_error(init: str, error: LLMKitError) -> LLMKitError:
+    """``error`` about a fetched hub model, in words that fit where its weights are only in a form not fetched."""
+    from huggingface_hub import HfApi
+
+    repository, _, revision = init.partition("@")
+    try:
+        names = HfApi().list_repo_files(repository, revision=revision or None)
+    except Exception:  # offline, in whichever class the hub's library has for it: the name is all there is to go by
+        names = [f"...{SUFFIX}"] if "gguf" in repository.lower() else []
+    if any("/" not in name and name.endswith(".safetensors") for name in names):
+        return error
+    if quantised := sorted(name for name in names if name.endswith(SUFFIX)):
+        what = f"hub model {init!r} has its weights in {SUFFIX} files only, and llmkit does not choose among them"
+        pinned = f" --revision {revision}" if revision else ""
+        command = f"hf download {repository} {quantised[0]}{pinned} --local-dir ."
+        fix = f"download one by hand: {command} ; then init=<the file>"
+        return ConfigError(what, where="init", fix=fix)
+    return error
 
 
 def _unreachable(init: str, why: str, fix: str) -> LLMKitError:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from llmkit.errors import DataError
+from llmkit.safe_files import read_text
 from llmkit.tokenizers.ends import around, pair_template
 
 VOCAB_FILE = "vocab.txt"  # one piece a line; the line number is the id
@@ -82,8 +84,7 @@ def with_ends(text: str, kind: str) -> str:
 
 def read_vocab_txt(file: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The ``tokenizer.json`` that a BERT folder without one would have. Raises ``DataError`` for other kinds of it."""
-    with file.open(encoding="utf-8") as lines:
-        vocabulary = {line.rstrip("\n"): index for index, line in enumerate(lines)}
+    vocabulary = {line.rstrip("\n"): index for index, line in enumerate(StringIO(read_text(file)))}
     needed = [named(settings, role) or usual for role, usual in _ROLES.items() if role != "mask_token"]
     absent = [name for name in needed if name not in vocabulary]
     kind = str(settings.get("tokenizer_class") or _CLASSES[0]).removesuffix("Fast")

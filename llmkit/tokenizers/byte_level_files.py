@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import DataError
+from llmkit.safe_files import read_bytes, read_text
 from llmkit.tokenizers.added_tokens import special_entries, with_added
 from llmkit.tokenizers.bert_files import named
 from llmkit.tokenizers.ends import template
@@ -70,7 +71,7 @@ def read_byte_level(
 
 def _vocabulary(file: Path) -> dict[str, int]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(read_text(file))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"no readable JSON: {error}", where=str(file)) from error
     if not isinstance(content, dict) or not content or any(type(index) is not int for index in content.values()):
@@ -83,7 +84,7 @@ def _vocabulary(file: Path) -> dict[str, int]:
 def _merges(file: Path) -> list[list[str]]:
     """Pairs in order of rank; ``#version`` lines are left out. Only line feeds end a line: pieces may hold others."""
     try:
-        lines = file.read_bytes().decode().split("\n")
+        lines = read_bytes(file).decode().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the merges cannot be read: {error}", where=str(file)) from error
     merges = []

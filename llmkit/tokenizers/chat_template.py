@@ -28,13 +28,13 @@ from llmkit.tokenizers.hf_files import CONFIG_FILE, TEMPLATE_FILE, TEMPLATE_FOLD
 DEFAULT = "default"
 _FOR_TOOLS = "tool_use"
 _SETTING = "chat_template"  # in tokenizer_config.json
-_MAX_BYTES = 1 << 30  # address space of the process that renders
+MAX_BYTES = 1 << 30  # address space of the process that renders
 _MAX_CHARS = 1 << 24
 _SECONDS = 10.0
-_START_SECONDS = 120.0  # a busy machine may take long to start a process
+START_SECONDS = 120.0  # a busy machine may take long to start a process
 _SAFE_JINJA = (3, 1, 6)  # older ones have known ways out of the sandbox
 _NAME = re.compile(r"\w[\w.-]*")  # of a template; it becomes the name of a file
-_PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")  # no secrets
+PASSED_ON = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TZ", "LANG", "LC_ALL")  # no secrets
 
 # For a tokenizer without a template: names of roles before the turns, the end token after those of the assistant
 PLAIN = """\
@@ -214,9 +214,9 @@ def _worker() -> subprocess.Popen[str]:
         return worker
     _stop()
     _check_jinja()
-    passed_on = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
     worker = subprocess.Popen(
-        [sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py")), str(_MAX_BYTES)],
+        [sys.executable, "-P", str(Path(__file__).with_name("chat_worker.py")), str(MAX_BYTES)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -225,7 +225,7 @@ def _worker() -> subprocess.Popen[str]:
         start_new_session=True,  # a Ctrl-C is for the program, which closes the pipe when it ends
     )
     _workers[os.getpid()] = worker
-    hello = json.dumps({"template": "ready", "variables": {}, "max_chars": 9, "seconds": _START_SECONDS})
+    hello = json.dumps({"template": "ready", "variables": {}, "max_chars": 9, "seconds": START_SECONDS})
     if "ready" not in _ask(worker, hello):
         _stop()
         raise DataError("the process that renders chat templates does not start", where="chat template")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import ConfigError, DataError
+from llmkit.safe_files import read_text
 from llmkit.tokenizers import byte_level_files
 from llmkit.tokenizers.added_tokens import ADDED_FILE, stated_tokens, with_added
 from llmkit.tokenizers.bert_files import VOCAB_FILE, read_vocab_txt, with_ends
@@ -70,7 +71,7 @@ def read_source(path: Path) -> Source:
         elif file.name == byte_level_files.VOCAB_FILE:
             content, settings = byte_level_files.read_byte_level(file.parent, settings, model_type)
         else:
-            text = file.read_text(encoding="utf-8")
+            text = read_text(file)
             return Source(
                 _completed(text, settings, old_file, str(file)), settings, template_files(file.parent), str(file)
             )
@@ -108,11 +109,12 @@ def _completed(text: str, settings: Mapping[str, Any], old_file: Mapping[str, An
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; nothing where it is absent. Raises ``DataError`` when it is damaged."""
+    """The object in a file; nothing where it is absent. Raises ``DataError`` when it is damaged, ``CheckpointError`` as
+    ``safe_files``."""
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
         raise DataError(f"no readable JSON: {error}", where=str(path)) from error
     return content if isinstance(content, dict) else {}

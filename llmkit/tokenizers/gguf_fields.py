@@ -16,6 +16,7 @@ from typing import Any
 from llmkit.errors import ConfigError
 from llmkit.gguf_file import SCORES, TOKENS, TYPES, UNUSED
 from llmkit.interfaces import Tokenizer
+from llmkit.safe_files import read_bytes, read_text
 from llmkit.tokenizers.added_tokens import vocabulary_of
 from llmkit.tokenizers.chat_template import DEFAULT, ChatTemplate
 from llmkit.tokenizers.gguf_splits import SPLITS, WHOLE_WORDS, kind_of
@@ -46,9 +47,9 @@ def gguf_fields(tokenizer: Tokenizer) -> dict[str, Any]:
         folder = Path(name)
         tokenizer.save(folder)
         if (folder / MODEL_FILE).is_file():
-            fields = _of_model(ModelProto.parse((folder / MODEL_FILE).read_bytes()))
+            fields = _of_model(ModelProto.parse(read_bytes(folder / MODEL_FILE)))
         else:
-            content = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
+            content = json.loads(read_text(folder / TOKENIZER_FILE))
             fields = _of_json(content, getattr(tokenizer, "unk_id", None))
     roles = {
         "bos_token": tokenizer.bos_id,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from llmkit.errors import ConfigError
 from llmkit.interfaces import Tokenizer
 from llmkit.tokenizers.hf_json import HFTokenizer
 from llmkit.tokenizers.sentencepiece import SentencePieceTokenizer
+
+log = logging.getLogger("llmkit.tokenizers")
 
 
 def add_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
@@ -18,16 +21,22 @@ def add_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
     empty or blank name, for one given twice, for a piece of text, and for a tokenizer of another kind.
     """
     if not isinstance(tokenizer, HFTokenizer | SentencePieceTokenizer):
-        raise ConfigError(f"a {type(tokenizer).__name__} takes no new tokens", where="tokenizer")
+        raise ConfigError(
+            f"a {type(tokenizer).__name__} takes no new tokens", where="add_tokens", fix="leave add_tokens out"
+        )
     special = tokenizer.token_ids().special
     new = []
     for place, name in enumerate(names):
         index = tokenizer.id_of(name)
         if not name.strip() or name in names[:place]:
-            raise ConfigError(f"{name!r} is blank or given twice", where="tokenizer", fix="give every new token a name")
+            what = f"{name!r} is given twice" if name.strip() else f"{name!r} is blank"
+            raise ConfigError(what, where="add_tokens", fix="give every new token one name, once")
         if index is None:
             new.append(name)
         elif not special[index]:
             fix = f"choose a name that is no piece of the vocabulary, such as <|{name}|>"
-            raise ConfigError(f"{name!r} is a piece of text in this vocabulary", where="tokenizer", fix=fix)
+            raise ConfigError(f"{name!r} is a piece of text in this vocabulary", where="add_tokens", fix=fix)
+    if names:
+        there = [name for name in names if name not in new]
+        log.info("add_tokens: %d added to the vocabulary; already in it: %s", len(new), ", ".join(there) or "none")
     return tokenizer.with_symbols(new) if new else tokenizer

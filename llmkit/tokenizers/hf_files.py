@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmkit.safe_files import read_bytes
 from llmkit.tokenizers.ends import around, template
 from llmkit.tokenizers.vocabulary import MASK_NAMES, SPACE, stands_for_text
 
@@ -22,6 +23,7 @@ TOKENIZER_FILE = "tokenizer.json"
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
+MAX_TEMPLATE_BYTES = 1_000_000  # long ones have 20,000
 FORMAT_KEY = "llmkit_format"  # in CONFIG_FILE: which of the kinds that llmkit trains this is
 SENTENCEPIECE, WORDPIECE = "sentencepiece", "wordpiece"  # tokenizer.model decides the ids of the first
 _NEVER = -1e6  # the score of a piece that Unigram must not take from text; special tokens are found before it runs
@@ -108,10 +110,11 @@ def write_hf_files(model: ModelProto, folder: Path, kind: str | None = None) -> 
 
 
 def template_files(folder: Path) -> dict[str, bytes]:
-    """The chat templates of a folder, by their path in it."""
+    """The chat templates of a folder, by their path in it. Raises ``CheckpointError`` as ``safe_files``."""
     named = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")) if (folder / TEMPLATE_FOLDER).is_dir() else []
     files = [file for file in (folder / TEMPLATE_FILE, *named) if file.is_file()]
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+    read = (read_bytes(file, folder, max_bytes=MAX_TEMPLATE_BYTES) for file in files)
+    return {file.relative_to(folder).as_posix(): data for file, data in zip(files, read, strict=True)}
 
 
 def write_template_files(files: Mapping[str, bytes], folder: Path) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from llmkit.errors import ConfigError, DataError
 from llmkit.interfaces import TokenIds
+from llmkit.safe_files import read_bytes
 from llmkit.settings import Range
 from llmkit.tokenizers import spans, vocabulary
 from llmkit.tokenizers.hf_files import (
@@ -182,7 +183,7 @@ class SentencePieceTokenizer:
         """From ``tokenizer.model`` or the folder that holds it; a chat template beside it is kept."""
         file = path / MODEL_FILE if path.is_dir() else path
         try:
-            return cls(file.read_bytes(), str(file), template_files(file.parent))
+            return cls(read_bytes(file), str(file), template_files(file.parent))
         except OSError as error:
             what = f"the tokenizer cannot be read: {error.strerror}"
             raise ConfigError(what, where=str(file), fix="give a tokenizer.model or its folder") from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.errors import DataError
+from llmkit.safe_files import read_bytes
 from llmkit.tokenizers.added_tokens import entry, special_entries, stated_tokens, with_added
 from llmkit.tokenizers.ends import template
 from llmkit.tokenizers.hf_files import ModelProto, tokenizer_json
@@ -41,7 +42,7 @@ def read_sentencepiece(
     ``old_file`` is the content of ``added_tokens.json``. Raises ``DataError`` for damaged files and for classes that
     give other ids than the model.
     """
-    _, model = opened(file.read_bytes(), str(file))
+    _, model = opened(read_bytes(file), str(file))
     kind = rules(settings, model_type)
     roles = {f"{role}_token": model.symbol(role) for role in model.ids}
     complete = {**roles, **{key: value for key, value in settings.items() if value is not None}}

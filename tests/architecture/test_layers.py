@@ -18,6 +18,7 @@ LAYERS = (
     ("metrics", "seq2seq_generation", "gguf_file", "code_runner"),
     ("task_interface",),
     ("interfaces",),
+    ("safe_files",),
     ("settings", "errors", "redact", ""),
 )
 LAYER = {name: depth for depth, row in enumerate(LAYERS) for name in row}

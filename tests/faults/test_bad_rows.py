@@ -130,7 +130,7 @@ def test_no_row_can_be_used(tmp_path: Path) -> None:
         load_questions(Copy(), settings(path, max_bad_fraction=1.0))
     assert f"2 empty target (first: {path}:2, {path}:3)" in str(caught.value)
     path.write_text("")
-    with pytest.raises(DataError, match="no record"):
+    with pytest.raises(DataError, match="can be used; there is no record in it"):
         load_questions(Copy(), settings(path))
 
 

@@ -20,7 +20,8 @@ from llmkit.errors import CheckpointError, LLMKitError
 from llmkit.models.head_config import HeadConfig
 from llmkit.models.heads import attach_head
 from llmkit.models.hf import load_model, save_model
-from llmkit.models.hf.weight_files import MAX_HEADER_BYTES, MAX_JSON_BYTES
+from llmkit.models.hf.weight_files import MAX_HEADER_BYTES
+from llmkit.safe_files import MAX_BYTES
 from tests.unit.models.test_encoder_config import bert, modern
 from tests.unit.models.tiny import built, gpt2, llama
 from tests.unit.models.tiny_seq2seq import bart, marian, t5
@@ -412,7 +413,7 @@ def test_a_config_that_strains_the_reader(folder: Path, text: str) -> None:
 
 
 def test_a_config_of_gigabytes_is_not_read(folder: Path) -> None:
-    os.truncate(folder / "config.json", MAX_JSON_BYTES + 1)
+    os.truncate(folder / "config.json", MAX_BYTES + 1)
     refused(folder, "more than")
 
 

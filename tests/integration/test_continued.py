@@ -116,6 +116,15 @@ def test_added_tokens_get_rows_and_change_no_other_id(place: Place) -> None:
     assert tokenizer.encode(text) == before.encode(text)
 
 
+def test_old_text_that_is_not_there_is_found_first(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    cache = place.root / "unused"
+    assert place.go_on("nothing", "data.old_val_path=nope.txt", f"data.cache_dir={cache}") == 3
+    said = capsys.readouterr().err
+    assert "nothing is found at 'nope.txt'" in said
+    assert "where: data.old_val_path" in said
+    assert not cache.exists()
+
+
 @pytest.mark.parametrize(
     ("overrides", "what"),
     [

@@ -80,7 +80,7 @@ def records(draw: Any, name: str) -> dict[str, Any]:
         return {"source": texts[0], "target": texts[1]}
     return {
         "instruction": texts[0],
-        "code": texts[1],
+        "code": f"def {texts[1]}",  # code begins with a word; a line end and signs may be one piece of a vocabulary
         "tests": draw(st.lists(TEXTS, max_size=2)),
         "signature": texts[2],
     }

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from llmkit.errors import CheckpointError
+from llmkit.safe_files import inside, read_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,6 @@ MAX_LAYERS = 100_000
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in the file -> in torch
 KINDS = {theirs: kind for kind, theirs in TYPES.items()}
-MAX_JSON_BYTES = 50_000_000  # the index of a model with 60,000 tensors has 6 million
 MAX_HEADER_BYTES = 25_000_000  # the format allows 100 million; a header this long already names 250,000 tensors
 MAX_NAME_CHARS = 300
 LENGTH_BYTES = 8
@@ -56,10 +56,7 @@ Layout = tuple[str, tuple[int, ...]]  # a tensor's type and shape
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a model folder. Raises ``CheckpointError``."""
     try:
-        inside(path)
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path.name} has more than {MAX_JSON_BYTES} bytes", where=str(path))
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(read_text(path))
     except FileNotFoundError:
         raise CheckpointError(f"{path.name} is missing", where=str(path)) from None
     except (OSError, ValueError, RecursionError) as error:
@@ -67,26 +64,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.name} must hold an object", where=str(path))
     return content
-
-
-def inside(path: Path) -> Path:
-    """``path``, if it is a plain file in its folder, or a link of a hub cache, ``snapshots/<revision>/<name>`` to
-    ``blobs``. Raises ``CheckpointError`` for links to elsewhere and for devices, ``OSError`` for what is not there.
-    """
-    path.stat()  # raises for what is not there and for links in a circle
-    folder, target = path.parent.resolve(), path.resolve()
-    in_blobs = target.parent.name == "blobs"
-    of_cache = folder.parent.name == "snapshots" and target.parent.parent == folder.parent.parent
-    of_any_cache = target.parent.parent.name.startswith("models--")
-    if not target.is_relative_to(folder) and not (in_blobs and (of_cache or of_any_cache)):
-        raise CheckpointError(
-            f"{path.name} is a link that leaves the folder",
-            where=str(path),
-            fix="copy the file into the folder if you trust it",
-        )
-    if not target.is_file():
-        raise CheckpointError(f"{path.name} is not a plain file", where=str(path))
-    return path
 
 
 def list_tensors(folder: Path) -> list[Stored]:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from llmkit.cli import main
 from llmkit.commands import export as command
-from llmkit.commands import export_check
+from llmkit.commands import export_check, template_check
 from llmkit.commands.exported import Exported
 from llmkit.engine import files
 from llmkit.errors import CheckpointError, ConfigError, NumericsError, Stopped
@@ -131,7 +131,7 @@ def test_a_chat_template_goes_with_the_weights(
     )
     assert export(source, tmp_path / "out", format) == 0
     assert "chat template               4 prompts equal, 2 refused by it" in capsys.readouterr().out
-    monkeypatch.setattr(export_check, "_rendered_there", lambda *args: "[user] What")
+    monkeypatch.setattr(template_check, "_rendered_there", lambda *args: ["[user] What"] * 4)
     with pytest.raises(CheckpointError, match=r"the chat template gives '\[user\] What' there"):
         export(source, tmp_path / "other", format)
     assert left_over(tmp_path / "other") == []

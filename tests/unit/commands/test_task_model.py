@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from llmkit.commands import finetuning
 from llmkit.commands.task_model import check_head, refuse_unused, task_node, with_head_labels
 from llmkit.errors import ConfigError
 from llmkit.models.head_config import HeadConfig
@@ -96,3 +98,14 @@ def test_what_has_no_effect_is_refused() -> None:
     with pytest.raises(ConfigError, match="has no effect: so") as caught:
         refuse_unused(["task=a", "data.val_path=x"], ("data.val_path",), "so")
     assert caught.value.where == "data.val_path"
+
+
+def test_a_plain_template_is_announced_in_words_true_of_every_command(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only finetune saves it."""
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(finetuning, "with_template", lambda tokenizer: (tokenizer, True))
+    task, tokenizer = SimpleNamespace(name="chat"), SimpleNamespace()
+    assert finetuning.for_task(task, tokenizer) is tokenizer
+    assert caplog.messages == ["the tokenizer has no chat template: a plain one is used"]

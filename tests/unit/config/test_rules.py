@@ -103,6 +103,13 @@ def test_a_recipe_whose_model_was_exchanged() -> None:
     assert found["objective"].fix.startswith("recipe=llama_1b|llama_tiny|shakespeare is made for model=llama; else ")
 
 
+def test_a_recipe_beside_a_wrapped_model_of_init() -> None:
+    """What the recipe says of its own model is what is too much: the model is to be opened from ``init``."""
+    found = problems("recipe=bert_tiny", "model=transformers", "init=runs/x")
+    assert found["model"].fix.startswith("leave recipe=bert_tiny out, and")
+    assert "leave model=transformers out" in problems("recipe=bert_tiny", "model=transformers")["model"].fix
+
+
 def test_recipes_of_the_usual_option_are_offered_too() -> None:
     found = problems("recipe=gpt_tiny", "optim=adamw")
     assert set(found) == {"optim"}

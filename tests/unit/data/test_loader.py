@@ -118,6 +118,10 @@ def test_too_little_text_is_said_with_both_numbers() -> None:
     check_enough(8, 8)
     with pytest.raises(DataError, match=r"7 sequence\(s\), one step takes 8"):
         check_enough(7, 8)
+    with pytest.raises(DataError, match=r"7 row\(s\), one step takes 8") as caught:
+        check_enough(7, 8, of_task=True)
+    assert "seq_len" not in caught.value.fix
+    assert "engine.micro_batch_size" in caught.value.fix
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused() -> None:

@@ -145,13 +145,18 @@ def test_only_weights_config_and_tokenizer_are_asked_for(hub: dict[str, Any]) ->
     repository = [
         "config.json", "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json",
         "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "merges.txt",
-        "vocab.json", "pytorch_model.bin", "modeling_evil.py", "tokenizer_evil.py", "onnx/config.json",
-        "flax_model.msgpack", "x.pkl", "consolidated.safetensors", "README.md",
+        "vocab.json", "source.spm", "chat_template.jinja", "additional_chat_templates/tool_use.jinja", "README.md",
+        "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin", "tokenizer.pkl", "tokenizer.bin",
+        "modeling_evil.py", "tokenizer_evil.py", "onnx/config.json",
+        "flax_model.msgpack", "x.pkl", "consolidated.safetensors", "a/config.json",
+        "additional_chat_templates/evil.py", "additional_chat_templates/config.json", "model.Q4_K_M.gguf",
+        "additional_chat_templates/deep/er.jinja", "additional_chat_templates2/x.jinja", "additional/x.jinja",
+        "onnx/chat_template.jinja", "additional_chat_template/model.safetensors", "original/README.md",
     ]  # fmt: skip
     kept = huggingface_hub.utils.filter_repo_objects(
         repository, allow_patterns=hub["allow_patterns"], ignore_patterns=hub["ignore_patterns"]
     )
-    assert list(kept) == repository[:10]
+    assert list(kept) == repository[:16]
     assert hub["allow_patterns"] == HUB_FILES
     assert hub["ignore_patterns"] == HUB_LEFT_OUT
 
@@ -189,3 +194,26 @@ def test_what_the_hub_answers(hub: dict[str, Any], answer: Exception, error: typ
 def test_a_name_the_hub_does_not_allow(work: Path) -> None:
     with pytest.raises(ConfigError):
         resolve_init("a--b..c/d")
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_hub_model_of_gguf_files_only(
+    hub: dict[str, Any], work: Path, monkeypatch: pytest.MonkeyPatch, listed: bool
+) -> None:
+    """None of the files is fetched; the error says how to get one. Offline, the name tells."""
+
+    def names(self: Any, repo_id: str, revision: str | None = None) -> list[str]:
+        if not listed:
+            raise RuntimeError("no")
+        return ["README.md", "tiny.Q8_0.gguf", "tiny.Q4_0.gguf"]
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", names)
+    hub["answer"] = work / "not made, as nothing was fetched"
+    with pytest.raises(ConfigError, match=r"in \.gguf files only") as caught:
+        resolve_init("owner/tiny-GGUF@v1")
+    assert f"hf download owner/tiny-GGUF {'tiny.Q4_0' if listed else '...'}.gguf --revision v1" in caught.value.fix
+    (work / "bare").mkdir()
+    (work / "bare" / "config.json").write_text("{}")
+    hub["answer"] = work / "bare"
+    with pytest.raises(ConfigError if listed else CheckpointError, match="gguf" if listed else "there are no weights"):
+        resolve_init("owner/tiny")

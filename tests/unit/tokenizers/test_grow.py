@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,11 +71,14 @@ def test_transformers_reads_the_same(tokenizer: Tokenizer, tmp_path: Path) -> No
     )
 
 
-def test_tokens_it_has_stay_where_they_are(tokenizer: Tokenizer) -> None:
+def test_tokens_it_has_stay_where_they_are(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
     name = {"[SEP]", "</s>"}
     (eos,) = (one for one in name if getattr(tokenizer, "id_of")(one) is not None)  # noqa: B009
-    assert add_tokens(tokenizer, [eos]) is tokenizer
     assert add_tokens(tokenizer, []) is tokenizer
+    assert not caplog.messages
+    assert add_tokens(tokenizer, [eos]) is tokenizer
+    assert caplog.messages == [f"add_tokens: 0 added to the vocabulary; already in it: {eos}"]
     assert add_tokens(tokenizer, [eos, "<new>"]).vocab_size == tokenizer.vocab_size + 1
 
 
@@ -92,5 +96,6 @@ def test_what_is_refused(tokenizer: Tokenizer) -> None:
         with pytest.raises(ConfigError, match=what) as caught:
             add_tokens(tokenizer, names)
         assert caught.value.fix
+        assert caught.value.where == "add_tokens"
     with pytest.raises(ConfigError, match="ByteTokenizer"):
         add_tokens(ByteTokenizer(), ["<a>"])  # type: ignore[arg-type]

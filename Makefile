@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -27,8 +28,8 @@ quickstart: install  ## train a small model on the embedded corpus, then sample 
 	@echo "       $(BIN)/llmkit pretrain --help"
 
 .PHONY: test
-test: install  ## the default tests
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+test: install  ## the default tests (under 10 minutes on 2 cores)
+	$(PYTEST) -m 'not slow and not gpu'
 
 .PHONY: test-slow
 test-slow: install  ## the long evidence: kill tests, two processes, bigger grids

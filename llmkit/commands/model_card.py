@@ -22,8 +22,9 @@ from llmkit.config.build import build
 from llmkit.config.schema import ExportConfig
 from llmkit.engine.best_metric import BestMetric
 from llmkit.engine.checkpoint import MODEL, STEP_FOLDER
-from llmkit.engine.init import ADAPTER_CONFIG, HUB_ID, is_adapter
+from llmkit.engine.init import HUB_ID, is_adapter
 from llmkit.errors import DataError, LLMKitError
+from llmkit.models.hf.weight_files import ADAPTER_CONFIG
 from llmkit.models.transformers_config import TransformersConfig
 from llmkit.redact import redact_text
 from llmkit.tracking.jsonl import read_metrics

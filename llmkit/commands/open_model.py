@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from llmkit.engine.init import ADAPTER_CONFIG, is_adapter, resolve_init
+from llmkit.engine.init import is_adapter, resolve_init
 from llmkit.errors import CheckpointError, ConfigError, SetupError
 from llmkit.interfaces import ModelConfig, Tokenizer
 from llmkit.models.adapters import merge
@@ -15,7 +15,7 @@ from llmkit.models.head_config import HeadConfig
 from llmkit.models.heads import attach_head, detach_head, freeze_outputs, head_of, own_dropout
 from llmkit.models.hf import load_config, load_model
 from llmkit.models.hf.peft import load_adapter, save_adapter
-from llmkit.models.hf.weight_files import read_json
+from llmkit.models.hf.weight_files import ADAPTER_CONFIG, read_json
 from llmkit.tokenizers.folder import tokenizer_file
 from llmkit.tokenizers.load import load_tokenizer
 

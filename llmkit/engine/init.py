@@ -10,9 +10,8 @@ from llmkit.engine.checkpoint import MODEL, STEP_FOLDER, CheckpointStore, open_c
 from llmkit.engine.manifest import MANIFEST
 from llmkit.errors import CheckpointError, ConfigError, LLMKitError, SetupError
 from llmkit.gguf_file import SUFFIX
-from llmkit.models.hf.weight_files import PICKLES
+from llmkit.models.hf.weight_files import ADAPTER_CONFIG, PICKLES
 
-ADAPTER_CONFIG = "adapter_config.json"  # of a folder in the format of peft
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]+)?")
 TEMPLATES = "additional_chat_templates"  # the one subfolder that belongs to a tokenizer
 # Weights, configuration, tokenizer, and the model card for its licence; no code.

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from llmkit.errors import ConfigError
 from llmkit.interfaces import Batch
 from llmkit.models.attention import Attention, AttentionMask, attention_mask, use_flex
 from llmkit.models.cache import KVCache, LayerCache
@@ -19,6 +18,7 @@ from llmkit.models.layers import (
     build_norm,
     compute_dtype,
     init_normal,
+    next_positions,
     residual_std,
     rotation,
     soft_cap,
@@ -172,7 +172,7 @@ class Decoder(nn.Module):
         cache: KVCache | None,
     ) -> Tensor:
         if position_ids_BT is None:
-            position_ids_BT = self._next_positions(input_ids_BT, 0 if cache is None else cache.length)
+            position_ids_BT = next_positions(input_ids_BT, 0 if cache is None else cache.length, self.max_seq_len)
         x_BTD = self._embedded(input_ids_BT, position_ids_BT)
         windows = set(self.config.layer_windows)
         if cache is None:
@@ -184,13 +184,6 @@ class Decoder(nn.Module):
         x_BTD = self._run_blocks(x_BTD, views) if cache is None else self._run_blocks_cached(x_BTD, views, cache)
         hidden_BTD: Tensor = self.norm(x_BTD)
         return hidden_BTD
-
-    def _next_positions(self, input_ids_BT: Tensor, start: int) -> Tensor:
-        stop = start + input_ids_BT.shape[1]
-        if stop > self.max_seq_len:
-            what = f"{stop} tokens do not fit into {self.max_seq_len}"
-            raise ConfigError(what, where="model.max_seq_len", fix="use shorter sequences")
-        return torch.arange(start, stop, device=input_ids_BT.device)[None]
 
     def _embedded(self, input_ids_BT: Tensor, position_ids_BT: Tensor) -> Tensor:
         x_BTD = self.embedding(input_ids_BT)

@@ -28,6 +28,7 @@ from llmkit.models.layers import (
     Rotation,
     compute_dtype,
     init_normal,
+    next_positions,
     residual_std,
     rotate,
     rotation,
@@ -213,18 +214,11 @@ class Encoder(nn.Module):
         segment_ids_BT: Tensor | None,
     ) -> Tensor:
         if position_ids_BT is None:
-            position_ids_BT = self._positions(input_ids_BT)
+            position_ids_BT = next_positions(input_ids_BT, 0, self.max_seq_len)
         x_BTD = self._embedded(input_ids_BT, position_ids_BT, segment_ids_BT)
         x_BTD = self._run_blocks(x_BTD, *self._views(position_ids_BT, document_ids_BT, compute_dtype(x_BTD)))
         hidden_BTD: Tensor = _for_matrices(x_BTD) if self.norm is None else self.norm(x_BTD)
         return hidden_BTD
-
-    def _positions(self, input_ids_BT: Tensor) -> Tensor:
-        length = input_ids_BT.shape[1]
-        if length > self.max_seq_len:
-            what = f"{length} tokens do not fit into {self.max_seq_len}"
-            raise ConfigError(what, where="model.max_seq_len", fix="use shorter sequences")
-        return torch.arange(length, device=input_ids_BT.device)[None]
 
     def _embedded(self, input_ids_BT: Tensor, position_ids_BT: Tensor, segment_ids_BT: Tensor | None) -> Tensor:
         """The sum of the embeddings, after norm and dropout. A table of one segment has all tokens in it."""

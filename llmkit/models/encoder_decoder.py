@@ -27,6 +27,7 @@ from llmkit.models.layers import (
     build_norm,
     compute_dtype,
     init_normal,
+    next_positions,
 )
 from llmkit.models.position_tables import distance_buckets, sinusoids
 
@@ -288,7 +289,7 @@ class EncoderDecoder(nn.Module):
         ``document_ids_BT`` every row is one document; tokens added to a cache without it belong to document 0.
         """
         if position_ids_BT is None:
-            position_ids_BT = self._next_positions(input_ids_BT, 0 if cache is None else cache.length)
+            position_ids_BT = next_positions(input_ids_BT, 0 if cache is None else cache.length, self.max_seq_len)
         hidden_BTD = self._decode(memory, input_ids_BT, position_ids_BT, document_ids_BT, cache)
         states = self.output_states(hidden_BTD[:, -1:] if last_only else hidden_BTD)
         return nn.functional.linear(states, self.output_weight_VD, self.output_bias)
@@ -343,13 +344,6 @@ class EncoderDecoder(nn.Module):
         """With the model's start id at the first position of every target, whatever the caller has put there."""
         start = self.config.start_id
         return input_ids_BT if start is None else input_ids_BT.masked_fill(position_ids_BT == 0, start)
-
-    def _next_positions(self, input_ids_BT: Tensor, start: int) -> Tensor:
-        stop = start + input_ids_BT.shape[1]
-        if stop > self.max_seq_len:
-            what = f"{stop} tokens do not fit into {self.max_seq_len}"
-            raise ConfigError(what, where="model.max_seq_len", fix="use shorter sequences")
-        return torch.arange(start, stop, device=input_ids_BT.device)[None]
 
     def _run_blocks(self, stack: Stack, x_BTD: Tensor, sight: Sight, source_BSD: Tensor | None) -> Tensor:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()

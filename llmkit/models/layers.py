@@ -10,6 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llmkit.errors import ConfigError
+
+
+def check_length(n_tokens: int, max_seq_len: int) -> None:
+    """Raise ``ConfigError`` for more tokens than a model takes."""
+    if n_tokens > max_seq_len:
+        what = f"{n_tokens} tokens do not fit into {max_seq_len}"
+        raise ConfigError(what, where="model.max_seq_len", fix="use shorter sequences")
+
+
+def next_positions(input_ids_BT: Tensor, start: int, max_seq_len: int) -> Tensor:
+    """1T: the positions from ``start`` on. Raises ``ConfigError`` past ``max_seq_len``."""
+    stop = start + input_ids_BT.shape[1]
+    check_length(stop, max_seq_len)
+    return torch.arange(start, stop, device=input_ids_BT.device)[None]
+
 
 class NormSizes(Protocol):
     """What ``build_norm`` asks of a configuration."""

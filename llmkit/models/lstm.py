@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from llmkit.errors import ConfigError
 from llmkit.interfaces import NO_DOCUMENT, Batch
 from llmkit.models.cache import dense_mask
-from llmkit.models.layers import Embedding, Linear, compute_dtype
+from llmkit.models.layers import Embedding, Linear, check_length, compute_dtype
 from llmkit.models.lstm_config import LSTMConfig
 from llmkit.models.lstm_documents import State, StateCache, find_documents, whole_rows
 from llmkit.models.lstm_layers import GlobalAttention, LSTMStack, init_lstm_weights
@@ -87,7 +86,7 @@ class LSTMLanguageModel(nn.Module):
         to document 0.
         """
         if position_ids_BT is None:
-            self._check_length(input_ids_BT.shape[1] + (0 if cache is None else cache.length))
+            check_length(input_ids_BT.shape[1] + (0 if cache is None else cache.length), self.max_seq_len)
         hidden_BTD = self._hidden(input_ids_BT, document_ids_BT, cache)
         return nn.functional.linear(hidden_BTD[:, -1:] if last_only else hidden_BTD, self.output_weight_VD)
 
@@ -108,11 +107,6 @@ class LSTMLanguageModel(nn.Module):
         """An empty cache for ``max_len`` tokens a row, in the type and on the device of the weights."""
         zeros = self.embedding.weight.new_zeros(self.config.n_layers, 1, self.config.width)
         return LSTMCache(State(zeros, zeros), batch_size, max_len)
-
-    def _check_length(self, n_tokens: int) -> None:
-        if n_tokens > self.max_seq_len:
-            what = f"{n_tokens} tokens do not fit into {self.max_seq_len}"
-            raise ConfigError(what, where="model.max_seq_len", fix="use shorter sequences")
 
     def _hidden(self, input_ids_BT: Tensor, document_ids_BT: Tensor | None, cache: LSTMCache | None) -> Tensor:
         x_BTD = self.dropout(self.embedding(input_ids_BT))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llmkit.errors import ConfigError
 from llmkit.interfaces import Batch, Tokens
 from llmkit.models.cache import source_mask
-from llmkit.models.layers import Embedding, Linear
+from llmkit.models.layers import Embedding, Linear, check_length
 from llmkit.models.lstm_documents import Documents, State, StateCache, find_documents, whole_rows
 from llmkit.models.lstm_layers import BidirectionalStack, GlobalAttention, LSTMStack, init_lstm_weights
 from llmkit.models.lstm_seq2seq_config import LSTMSeq2SeqConfig
@@ -117,10 +117,8 @@ class LSTMSeq2Seq(nn.Module):
         decoder does. Without ``document_ids_BT`` every row is one document; tokens added to a cache without it belong
         to document 0.
         """
-        n_tokens = input_ids_BT.shape[1] + (0 if cache is None else cache.length)
-        if position_ids_BT is None and n_tokens > self.max_seq_len:
-            what = f"{n_tokens} tokens do not fit into {self.max_seq_len}"
-            raise ConfigError(what, where="model.max_seq_len", fix="use shorter sequences")
+        if position_ids_BT is None:
+            check_length(input_ids_BT.shape[1] + (0 if cache is None else cache.length), self.max_seq_len)
         hidden_BTD = self._decode(memory, input_ids_BT, document_ids_BT, cache)
         return nn.functional.linear(hidden_BTD[:, -1:] if last_only else hidden_BTD, self.output_weight_VD)
 

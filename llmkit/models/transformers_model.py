@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from llmkit.errors import ConfigError
 from llmkit.interfaces import Batch, Tokens
-from llmkit.models.layers import soft_cap
+from llmkit.models.layers import check_length, soft_cap
 from llmkit.models.transformers_build import empty_module, new_module, output_matrix
 from llmkit.models.transformers_config import TransformersConfig
 from llmkit.models.transformers_documents import Part, by_length, documents_in, part_of, parts_of, put_back
@@ -213,7 +213,7 @@ class WrappedDecoder(Wrapped):
         """
         before = 0 if cache is None else cache.length
         if position_ids_BT is None:
-            _check_length(before + input_ids_BT.shape[1], self.max_seq_len)
+            check_length(before + input_ids_BT.shape[1], self.max_seq_len)
         if cache is not None:
             logits_BTV = cache.read(input_ids_BT, document_ids_BT)
             return logits_BTV[:, -1:] if last_only else logits_BTV
@@ -236,7 +236,7 @@ class WrappedEncoder(Wrapped):
     ) -> Tensor:
         """Logits BTV. Without positions ``ConfigError`` is raised past ``max_seq_len``."""
         if position_ids_BT is None:
-            _check_length(input_ids_BT.shape[1], self.max_seq_len)
+            check_length(input_ids_BT.shape[1], self.max_seq_len)
         return self._logits(self._hidden(input_ids_BT, document_ids_BT))
 
 
@@ -262,7 +262,7 @@ class WrappedSeq2Seq(Wrapped):
     ) -> Tensor:
         """Logits BTV of the target."""
         if position_ids_BT is None:
-            _check_length(input_ids_BT.shape[1], self.max_seq_len)
+            check_length(input_ids_BT.shape[1], self.max_seq_len)
         return self._logits(self._target_states(source, input_ids_BT, document_ids_BT))
 
     def encode(self, source: Tokens) -> Memory:
@@ -287,7 +287,7 @@ class WrappedSeq2Seq(Wrapped):
         """
         before = 0 if cache is None else cache.length
         if position_ids_BT is None:
-            _check_length(before + input_ids_BT.shape[1], self.max_seq_len)
+            check_length(before + input_ids_BT.shape[1], self.max_seq_len)
         if cache is not None:
             logits_BTV = cache.read(input_ids_BT, document_ids_BT)
             return logits_BTV[:, -1:] if last_only else logits_BTV
@@ -336,9 +336,3 @@ def _masked(name: str, part: Part) -> dict[str, Tensor]:
 def _keys(documents: Any) -> Sequence[tuple[int, int]]:
     """(row, id) of every document."""
     return list(zip(documents.rows_N.tolist(), documents.ids_N.tolist(), strict=True))
-
-
-def _check_length(n_tokens: int, max_seq_len: int) -> None:
-    if n_tokens > max_seq_len:
-        what = f"{n_tokens} tokens do not fit into {max_seq_len}"
-        raise ConfigError(what, where="model.max_seq_len", fix="use shorter sequences")

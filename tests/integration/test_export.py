@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,24 +12,12 @@ import torch
 from llmkit.cli import main
 from llmkit.generation import generate
 from llmkit.models.hf import load_model
-from llmkit.settings import GenerationConfig
 from llmkit.tokenizers.load import load_tokenizer
 from tests.integration.test_commands import TINY, write_documents
+from tests.unit.generation_settings import GREEDY as BASE
 
 transformers = pytest.importorskip("transformers")
-GREEDY = GenerationConfig(
-    max_new_tokens=40,
-    temperature=0.0,
-    top_k=None,
-    top_p=None,
-    repetition_penalty=1.0,
-    no_repeat_ngram_size=None,
-    n_beams=1,
-    length_penalty=1.0,
-    stop=[],
-    seed=0,
-    use_cache=True,
-)
+GREEDY = replace(BASE, max_new_tokens=40)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 
 from llmkit.generation import generate
 from llmkit.models.hf import load_model, save_model
-from llmkit.settings import GenerationConfig
 from llmkit.tokenizers.load import load_tokenizer
+from tests.unit.generation_settings import GREEDY
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of transformers
@@ -32,19 +33,7 @@ def test_200_greedy_tokens_equal_transformers(folder: Path, tmp_path: Path) -> N
     start = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(PROMPT)]])
     other = transformers.AutoModelForCausalLM.from_pretrained(folder)
     expected = other.generate(start, max_new_tokens=200, do_sample=False)[0]
-    settings = GenerationConfig(
-        max_new_tokens=200,
-        temperature=0.0,
-        top_k=None,
-        top_p=None,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=None,
-        n_beams=1,
-        length_penalty=1.0,
-        stop=[],
-        seed=0,
-        use_cache=True,
-    )
+    settings = replace(GREEDY, max_new_tokens=200)
     (text,) = generate(model, tokenizer, [PROMPT], settings, device="cpu")
     assert len(expected) == 200 + start.shape[1]
     assert PROMPT + text == tokenizer.decode(expected.tolist())

@@ -16,25 +16,14 @@ from llmkit.models.hf import save_model
 from llmkit.settings import GenerationConfig
 from tests.token_ids import token_ids
 from tests.unit.byte_tokenizer import ByteTokenizer
+from tests.unit.generation_settings import GREEDY as BASE
 from tests.unit.models import tiny, tiny_seq2seq
 
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of transformers
 
 V, PAD, EOS, STEPS = 61, 0, 1, 64
-GREEDY = GenerationConfig(
-    max_new_tokens=STEPS,
-    temperature=0.0,
-    top_k=None,
-    top_p=None,
-    repetition_penalty=1.0,
-    no_repeat_ngram_size=None,
-    n_beams=1,
-    length_penalty=1.0,
-    stop=[],
-    seed=0,
-    use_cache=True,
-)
+GREEDY = replace(BASE, max_new_tokens=STEPS)
 BEAMS = replace(GREEDY, n_beams=4)
 SETTINGS = {
     "greedy": GREEDY,

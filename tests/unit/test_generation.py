@@ -21,22 +21,10 @@ from llmkit.models.config import DecoderConfig
 from llmkit.models.decoder import Decoder
 from llmkit.settings import GenerationConfig
 from tests.unit.byte_tokenizer import BOS, EOS, FIRST, ByteTokenizer
+from tests.unit.generation_settings import GREEDY
 from tests.unit.models.tiny import built, gpt2, llama
 
 TOKENIZER = ByteTokenizer()
-GREEDY = GenerationConfig(
-    max_new_tokens=64,
-    temperature=0.0,
-    top_k=None,
-    top_p=None,
-    repetition_penalty=1.0,
-    no_repeat_ngram_size=None,
-    n_beams=1,
-    length_penalty=1.0,
-    stop=[],
-    seed=0,
-    use_cache=True,
-)
 SAMPLED = replace(GREEDY, temperature=1.0, top_k=40, top_p=0.9, seed=7)
 PROMPTS = ["", "a", "Once upon", "a rather longer prompt"]
 ROOM: dict[str, Any] = {"vocab_size": 320, "max_seq_len": 128}

@@ -24,22 +24,11 @@ from llmkit.models.lstm_seq2seq_config import LSTMSeq2SeqConfig
 from llmkit.settings import GenerationConfig
 from tests.token_ids import token_ids
 from tests.unit.byte_tokenizer import BOS, EOS, FIRST, PAD, ByteTokenizer
+from tests.unit.generation_settings import GREEDY as BASE
 from tests.unit.models import tiny, tiny_seq2seq, wrapped
 
 V = 61
-GREEDY = GenerationConfig(
-    max_new_tokens=16,
-    temperature=0.0,
-    top_k=None,
-    top_p=None,
-    repetition_penalty=1.0,
-    no_repeat_ngram_size=None,
-    n_beams=1,
-    length_penalty=1.0,
-    stop=[],
-    seed=0,
-    use_cache=True,
-)
+GREEDY = replace(BASE, max_new_tokens=16)
 BEAMS = replace(GREEDY, n_beams=3, no_repeat_ngram_size=3)
 SAMPLED = replace(GREEDY, temperature=1.0, top_k=40)
 

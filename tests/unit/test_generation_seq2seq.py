@@ -21,24 +21,13 @@ from llmkit.tokenizers.hf_json import HFTokenizer
 from llmkit.tokenizers.sentencepiece import SentencePieceSpec
 from tests.token_ids import token_ids
 from tests.unit.byte_tokenizer import BOS, EOS, FIRST, PAD, ByteTokenizer
+from tests.unit.generation_settings import GREEDY as BASE
 from tests.unit.models.tiny_seq2seq import bart, built, marian, t5, whole
 from tests.unit.tokenizers.strings import documents
 
 N_BYTES = FIRST + 256
 SENTINELS = tuple(range(N_BYTES, N_BYTES + 3))
-GREEDY = GenerationConfig(
-    max_new_tokens=24,
-    temperature=0.0,
-    top_k=None,
-    top_p=None,
-    repetition_penalty=1.0,
-    no_repeat_ngram_size=None,
-    n_beams=1,
-    length_penalty=1.0,
-    stop=[],
-    seed=0,
-    use_cache=True,
-)
+GREEDY = replace(BASE, max_new_tokens=24)
 SAMPLED = replace(GREEDY, temperature=1.0, top_k=40, top_p=0.9, seed=7)
 PROMPTS = ["", "a", "Once <extra_id_0> upon", "a rather longer prompt"]
 ROOM: dict[str, Any] = {"vocab_size": 320, "max_seq_len": 64}

@@ -19,12 +19,20 @@ from llmkit.models.adapter_config import LoraConfig
 from llmkit.models.hf.family import Keys
 from llmkit.models.hf.peft_names import WEIGHT, compress, families, linear_rows, rows_of, tied_names, value_for
 from llmkit.models.hf.rows import Row, export, fill
-from llmkit.models.hf.weight_files import Stored, kind_of, read_json, read_tensor, tensors_in, write_tensors
+from llmkit.models.hf.weight_files import (
+    ADAPTER_CONFIG,
+    Stored,
+    kind_of,
+    read_json,
+    read_tensor,
+    tensors_in,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 TASK_TYPES = {"decoder": "CAUSAL_LM", "encoder_decoder": "SEQ_2_SEQ_LM", "class": "SEQ_CLS", "span": "QUESTION_ANS"}
@@ -87,7 +95,7 @@ def save_adapter(model: Any, folder: Path, base: str | Path) -> None:
     order = sorted(layout, key=lambda name: -tensors[name].itemsize)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG).write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
         (folder / WEIGHTS).unlink(missing_ok=True)  # a new file: someone may have the old one mapped
         write_tensors(folder / WEIGHTS, {name: layout[name] for name in order}, (tensors[name] for name in order))
     except OSError as error:
@@ -168,7 +176,7 @@ def load_adapter(model: Any, folder: Path) -> LoraConfig:
 
     from llmkit.models.adapters import adapt, adapters, choose_trained, linear_modules
 
-    keys = Keys(read_json(folder / CONFIG), str(folder / CONFIG))
+    keys = Keys(read_json(folder / ADAPTER_CONFIG), str(folder / ADAPTER_CONFIG))
     stored = _stored(folder)
     rows, linear = _fitting(model, stored, folder)
     config, whole = _read_config(keys), {row.name: row for row in rows if row.name in stored}

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_GROWTH = 4  # parameters for each value in the files: a head that is new can be as large as the rest
 MAX_LAYERS = 100_000
+ADAPTER_CONFIG = "adapter_config.json"  # of a folder in the format of peft
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # in the file -> in torch
 KINDS = {theirs: kind for kind, theirs in TYPES.items()}

@@ -17,26 +17,15 @@ from llmkit.config.schema import GenerateConfig
 from llmkit.errors import ConfigError, DataError
 from llmkit.generation import generate
 from llmkit.models.hf import load_model, save_model
-from llmkit.settings import DeviceConfig, GenerationConfig
+from llmkit.settings import DeviceConfig
 from llmkit.tokenizers.load import load_tokenizer
 from llmkit.tokenizers.sentencepiece import SentencePieceSpec
+from tests.unit.generation_settings import GREEDY
 from tests.unit.models.tiny import built, llama
 from tests.unit.models.tiny_seq2seq import built as built_seq2seq
 from tests.unit.models.tiny_seq2seq import t5
 
-SETTINGS = GenerationConfig(
-    max_new_tokens=12,
-    temperature=0.0,
-    top_k=None,
-    top_p=None,
-    repetition_penalty=1.0,
-    no_repeat_ngram_size=None,
-    n_beams=1,
-    length_penalty=1.0,
-    stop=[],
-    seed=0,
-    use_cache=True,
-)
+SETTINGS = replace(GREEDY, max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")

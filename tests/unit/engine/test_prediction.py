@@ -18,26 +18,15 @@ from llmkit.interfaces import TokenIds
 from llmkit.models.head_config import HeadConfig
 from llmkit.models.heads import attach_head
 from llmkit.objectives.for_task import objective_for
-from llmkit.settings import GenerationConfig, LossConfig
+from llmkit.settings import LossConfig
 from llmkit.task_interface import Question
 from tests.unit.data.helpers import ByteTokenizer
+from tests.unit.generation_settings import GREEDY as BASE
 from tests.unit.tasks.support import task as task_of
 
 MAX_LEN, N_NEW = 40, 6
 LOSS = LossConfig(label_smoothing=0.0, r_drop=0.0, chunk_size=None)
-GREEDY = GenerationConfig(
-    max_new_tokens=N_NEW,
-    temperature=0.0,
-    top_k=None,
-    top_p=None,
-    repetition_penalty=1.0,
-    no_repeat_ngram_size=None,
-    n_beams=1,
-    length_penalty=1.0,
-    stop=[],
-    seed=0,
-    use_cache=True,
-)
+GREEDY = replace(BASE, max_new_tokens=N_NEW)
 SIZES = ["model.d_model=32", "model.n_layers=2", "model.n_heads=2", "model.max_seq_len=48"]
 NAMES = {"decoder": "gpt2", "encoder": "bert", "encoder_decoder": "t5"}
 

@@ -22,8 +22,8 @@ from llmkit.models.hf import load_config, load_model, save_model
 from llmkit.models.resize import resize_embeddings
 from llmkit.models.transformers_config import TransformersConfig
 from llmkit.objectives.causal_lm import CausalLM
-from llmkit.settings import GenerationConfig
 from tests.unit.byte_tokenizer import ByteTokenizer
+from tests.unit.generation_settings import GREEDY
 from tests.unit.models.wrapped import (
     ALL,
     BOS,
@@ -289,19 +289,7 @@ def test_greedy_targets_are_those_of_the_library(config: TransformersConfig) -> 
 @pytest.mark.parametrize("config", [DECODERS["windows"], DECODERS["no mask, own state"]], ids=["mask", "no mask"])
 def test_prompts_of_a_batch_do_not_know_one_another(config: TransformersConfig) -> None:
     model = built(replace(config, vocab_size=259))
-    settings = GenerationConfig(
-        max_new_tokens=12,
-        temperature=0.8,
-        top_k=None,
-        top_p=None,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=None,
-        n_beams=1,
-        length_penalty=1.0,
-        seed=1,
-        stop=[],
-        use_cache=True,
-    )
+    settings = replace(GREEDY, max_new_tokens=12, temperature=0.8, seed=1)
     prompts, tokenizer = ["some", "words", "b", "more"], ByteTokenizer()
     together = generate(model, tokenizer, prompts, settings, device="cpu")  # type: ignore[arg-type]
     assert together == [

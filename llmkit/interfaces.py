@@ -31,7 +31,11 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int: ...
     @property
     def bos_id(self) -> int | None:
-        """Put before every document when the vocabulary has it."""
+        """Put before every document; None where the tokenizer's files put nothing there."""
+
+    @property
+    def bos_token_id(self) -> int | None:
+        """The begin symbol, whether rows begin with it or not: chat templates write it, ``config.json`` names it."""
 
     @property
     def eos_id(self) -> int:

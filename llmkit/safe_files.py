@@ -30,6 +30,17 @@ def inside(path: Path, folder: Path | None = None) -> Path:
     return path
 
 
+def followed(path: Path) -> Path:
+    """A path that the user named himself: a link to a file elsewhere is that file, with the files beside it there. One
+    of a hub cache stays, because the files beside it are links as well. All else is ``path``."""
+    if not path.is_file():
+        return path
+    try:
+        return inside(path)
+    except CheckpointError:
+        return path.resolve()
+
+
 def read_bytes(path: Path, folder: Path | None = None, *, max_bytes: int = MAX_BYTES) -> bytes:
     """What a file of the folder holds, as ``inside``. Raises ``CheckpointError`` too for more than ``max_bytes``."""
     if inside(path, folder).stat().st_size > max_bytes:

@@ -70,6 +70,12 @@ class Task(Protocol):
     def metrics(self, questions: Sequence[Question], predictions: Sequence[Prediction]) -> dict[str, float]:
         """The field's metrics, names as in ``docs/finetune.md``, in the scale of their reference implementation."""
 
+    def answer_score(self, question: Question, prediction: Prediction) -> float:
+        """How good one answer is, larger is better: what the worst answers are found by. Runs no code."""
+
+    def details(self, questions: Sequence[Question], predictions: Sequence[Prediction]) -> dict[str, Any]:
+        """What belongs beside the metrics and is no number of its own, as plain values."""
+
     @property
     def best_metric(self) -> str:
         """The name, among ``metrics`` or ``loss``, that picks the best checkpoint."""

@@ -15,6 +15,7 @@ from llmkit.commands.task_model import TaskModel, open_task_model, refuse_unused
 from llmkit.config.schema import EvaluateTaskConfig
 from llmkit.data.task_questions import load_questions
 from llmkit.errors import ConfigError, DataError
+from llmkit.models.heads import head_of
 from llmkit.settings import TaskDataConfig
 from llmkit.task_interface import Prediction, Question, Task
 
@@ -24,17 +25,21 @@ log = logging.getLogger("llmkit.evaluate")
 
 
 def run(cfg: EvaluateTaskConfig, args: argparse.Namespace) -> int:
-    """Answer every question once; print metrics, details and the worst answers as JSON."""
+    """Answer every question once; print metrics, details and the worst answers as JSON.
+
+    Where answers are written, the likelihood of the right ones is among the metrics, as in validation.
+    """
     refuse_unused(args.overrides, UNUSED, "every row is answered, each once")
     model = open_task_model(cfg.init, cfg.task, args.overrides, cfg.data.seq_len, cfg.generation, cfg.engine)
     questions = questions_of(cfg, model.task)
     predictions = model.answer(questions)
     metrics = model.task.metrics(questions, predictions)
+    if head_of(model.model) is None:
+        metrics = model.losses(questions, cfg.engine.micro_batch_size) | metrics
     shown: dict[str, Any] = {"init": cfg.init, "task": model.task.name, "n_questions": len(questions), **metrics}
-    if hasattr(model.task, "details"):
-        shown["details"] = model.task.details(questions, predictions)
-        for line in confusion_lines(shown["details"]):
-            log.info("%s", line)
+    shown["details"] = model.task.details(questions, predictions)
+    for line in confusion_lines(shown["details"]):
+        log.info("%s", line)
     shown["worst"] = worst(model, questions, predictions, cfg.n_examples)
     print(json.dumps(shown, indent=2, ensure_ascii=False))
     return 0
@@ -80,22 +85,12 @@ def confusion_lines(details: Mapping[str, Any]) -> list[str]:
 def worst(
     model: TaskModel, questions: Sequence[Question], predictions: Sequence[Prediction], n: int
 ) -> list[dict[str, Any]]:
-    """The answers that score least: by the probability of the right label, else by the task's own metric."""
+    """The answers that score least."""
     if n == 0:
         return []
-    scores = [score_of(model.task, pair) for pair in zip(questions, predictions, strict=True)]
+    scores = [model.task.answer_score(*pair) for pair in zip(questions, predictions, strict=True)]
     order = sorted(range(len(questions)), key=lambda i: (scores[i], i))[:n]
     return [
         {"where": questions[i].where, "score": scores[i], **questions[i].fields, "predicted": predictions[i].text}
         for i in order
     ]
-
-
-def score_of(task: Task, pair: tuple[Question, Prediction]) -> float:
-    """How good one answer is; larger is better."""
-    question, prediction = pair
-    label = str(question.fields.get("label"))
-    if label in prediction.scores:
-        return prediction.scores[label]
-    metrics = task.metrics([question], [prediction])
-    return metrics.get(task.best_metric, 0.0)

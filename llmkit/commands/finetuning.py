@@ -88,6 +88,8 @@ def make_trainer(cfg: FinetuneConfig, folder: Path, recorder: Recorder, stop_req
     if cfg.adapter is not None and init is None:
         what = "an adapter is trained beside the weights of a model, and there is none"
         raise ConfigError(what, where="adapter", fix="init=<a model>, or adapter=none")
+    if init is not None:
+        row_length(cfg.data, open_config(init))  # before the rows are read, which takes long
     questions = load_questions(task, cfg.data)
     tell("data", questions.report.lines())
     task = task.with_labels(questions.labels())

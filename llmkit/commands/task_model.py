@@ -5,21 +5,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from llmkit.commands.evaluate import trained_config
-from llmkit.commands.finetuning import for_task
+from llmkit.commands.finetuning import for_task, tell
 from llmkit.commands.open_model import open_model, open_tokenizer
 from llmkit.config.build import build
 from llmkit.config.schema import Node
-from llmkit.data.loader import check_vocabulary
+from llmkit.data.loader import check_vocabulary, eval_batches
+from llmkit.data.task_rows import encode_rows
 from llmkit.engine.device import autocast, pick_device, set_threads
+from llmkit.engine.evaluate import TrainModule, evaluate
 from llmkit.engine.init import resolve_init
 from llmkit.engine.prediction import Answerer
-from llmkit.errors import ConfigError
-from llmkit.interfaces import Tokenizer
+from llmkit.errors import ConfigError, DataError
+from llmkit.interfaces import Objective, Tokenizer
 from llmkit.models.heads import head_of
 from llmkit.objectives.for_task import objective_for
 from llmkit.settings import DeviceConfig, GenerationConfig, LossConfig
@@ -32,18 +35,40 @@ PLAIN_LOSS = LossConfig(label_smoothing=0.0, r_drop=0.0, chunk_size=None)
 
 @dataclass(frozen=True)
 class TaskModel:
-    """``answer`` gives one prediction a question."""
+    """``answer`` gives one prediction a question, ``losses`` says how likely the right answers are to the model."""
 
     task: Task
     model: Any
     tokenizer: Tokenizer
     answerer: Answerer
+    objective: Objective
+    max_len: int
+    long_rows: str  # what became of rows that are too long, in the run behind the model
     device: torch.device
     precision: str
 
     def answer(self, questions: Sequence[Question]) -> list[Prediction]:
         with autocast(self.device, self.precision):
             return self.answerer(questions) or []
+
+    def losses(self, questions: Sequence[Question], batch_size: int) -> dict[str, float]:
+        """``loss`` in nats a token of the right answers, ``accuracy`` 0 .. 1, ``ppl``, ``n_targets``; as in validation.
+
+        Empty where no row fits the model.
+        """
+        kind = self.model.config.kind
+        try:
+            rows = encode_rows(questions, self.task, self.tokenizer, kind, self.max_len, self.long_rows)
+        except DataError as error:
+            log.warning("no loss of the right answers: %s", error)
+            return {}
+        tell("rows of the loss", rows.report.lines())
+        collate = partial(self.objective.collate, seq_len=self.max_len, ids=self.tokenizer.token_ids())
+        batches = eval_batches(rows, collate, batch_size, 0, 1)
+        module = TrainModule(self.model, self.objective)
+        with autocast(self.device, self.precision), torch.inference_mode():
+            found = evaluate(module, batches, n_bytes=rows.n_bytes, device=self.device) or {}
+        return {name.removeprefix("val/"): value for name, value in found.items()}
 
 
 def open_task_model(
@@ -75,7 +100,8 @@ def open_task_model(
     objective = objective_for(answers, kind, PLAIN_LOSS)
     size = engine.micro_batch_size
     answerer = Answerer(task, objective, model, tokenizer, max_len, generation, device, size)
-    return TaskModel(task, model, tokenizer, answerer, device, engine.precision)
+    long_rows = trained["data"]["long_rows"] if "task" in trained else "truncate"
+    return TaskModel(task, model, tokenizer, answerer, objective, max_len, long_rows, device, engine.precision)
 
 
 def task_node(trained: Node | None, node: Node | None, overrides: Sequence[str]) -> Node:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.commands.assemble import Work, assemble, find_start
-from llmkit.commands.open_model import open_model
+from llmkit.commands.open_model import open_config, open_model
 from llmkit.commands.row_counts import say_counts
 from llmkit.config.build import build
 from llmkit.config.choices import recipes_dir
@@ -82,6 +82,8 @@ def load_text(cfg: PretrainConfig, *, progress: bool) -> Text:
     """Tokenizer and token shards, from the cache where their inputs are unchanged."""
     init = None if cfg.init is None else resolve_init(cfg.init)
     objective: Objective = build(cfg.objective)
+    if init is not None:
+        check_init(cfg, init, objective)
     if cfg.data.old_val_path is not None:  # before the main text, which takes long
         with naming_old_text():
             find_sources(cfg.data.old_val_path)
@@ -134,12 +136,7 @@ def starting_model(cfg: PretrainConfig, text: Text, checkpoint: Checkpoint | Non
         make_room(model, load_tokenizer(text.init).vocab_size, text.tokenizer.vocab_size)
     else:
         model = fresh_model(cfg, text.tokenizer)
-    if cfg.data.window(model.config.max_seq_len) > model.config.max_seq_len:
-        raise ConfigError(
-            f"windows of {cfg.data.seq_len} tokens, but the model takes at most {model.config.max_seq_len}",
-            where="data.seq_len",
-            fix=f"set data.seq_len to {model.config.max_seq_len} or less",
-        )
+    check_window(cfg, model.config)
     check_vocabulary(text.tokenizer.vocab_size, model.config.vocab_rows)
     if hasattr(model, "freeze_unused"):  # a module of another library
         model.freeze_unused()
@@ -164,10 +161,25 @@ def fresh_model(cfg: PretrainConfig, tokenizer: Tokenizer) -> Any:
     """Random weights drawn from the run's seed."""
     config = build(cfg.model).with_vocab(tokenizer.vocab_size)
     if isinstance(config, TransformersConfig):
-        config = config.with_special_ids(tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
+        config = config.with_special_ids(tokenizer.bos_token_id, tokenizer.eos_id, tokenizer.pad_id)
     model = config.build()
     model.init_weights(cfg.run.seed)
     return model
+
+
+def check_init(cfg: PretrainConfig, init: Path, objective: Objective) -> None:
+    """Raise ConfigError when the model of ``init`` cannot be trained so, before text is prepared, which takes long."""
+    wrapper = build(cfg.model)
+    config = wrapper.opened(init) if isinstance(wrapper, TransformersConfig) else open_config(init)
+    check_trainable(objective, config)
+    check_window(cfg, config)
+
+
+def check_window(cfg: PretrainConfig, config: ModelConfig) -> None:
+    """Raise ConfigError when ``data.seq_len`` is more than the model takes."""
+    if cfg.data.window(config.max_seq_len) > config.max_seq_len:
+        what = f"windows of {cfg.data.seq_len} tokens, but the model takes at most {config.max_seq_len}"
+        raise ConfigError(what, where="data.seq_len", fix=f"set data.seq_len to {config.max_seq_len} or less")
 
 
 def check_trainable(objective: Objective, config: ModelConfig) -> None:
@@ -232,7 +244,7 @@ def make_trainer(
 
 def write_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
     """The model as a Hugging Face folder, and its tokenizer."""
-    save_model(model, folder, bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    save_model(model, folder, bos_id=tokenizer.bos_token_id, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     write_tokenizer(model, tokenizer, folder)
 
 

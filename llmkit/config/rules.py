@@ -87,7 +87,8 @@ def zero_limits(view: View) -> Iterator[Problem]:
 def warmup(view: View) -> Iterator[Problem]:
     steps, limit = view["schedule.warmup_steps"], planned_steps(view)
     if limit is not None and steps > limit:
-        yield view.problem("schedule.warmup_steps", f"{steps} warm-up steps, but the run ends after {limit}")
+        fix = f"set schedule.warmup_steps={limit // 10}, or let the run be longer"
+        yield view.problem("schedule.warmup_steps", f"{steps} warm-up steps, but the run ends after {limit}", fix)
 
 
 def planned_steps(view: View) -> int | None:

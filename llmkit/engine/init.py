@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from difflib import get_close_matches
+from fnmatch import fnmatch
 from pathlib import Path
 
 from llmkit.engine.checkpoint import MODEL, STEP_FOLDER, CheckpointStore, open_checkpoint
@@ -11,6 +14,8 @@ from llmkit.engine.manifest import MANIFEST
 from llmkit.errors import CheckpointError, ConfigError, LLMKitError, SetupError
 from llmkit.gguf_file import SUFFIX
 from llmkit.models.hf.weight_files import ADAPTER_CONFIG, PICKLES
+from llmkit.redact import redact_text
+from llmkit.safe_files import read_text
 
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]+)?")
 TEMPLATES = "additional_chat_templates"  # the one subfolder that belongs to a tokenizer
@@ -45,7 +50,7 @@ def resolve_init(init: str) -> Path:
     try:
         return _checked(folder)
     except (ConfigError, CheckpointError) as error:
-        raise _hub_error(init, error) from error
+        raise _hub_error(init, folder, error) from error
 
 
 def _model_in(folder: Path) -> Path:
@@ -77,15 +82,28 @@ def _checked(folder: Path) -> Path:
             fix="name a run folder, a checkpoint, a folder with config.json and model.safetensors, or a .gguf file",
         )
     if not any(folder.glob("*.safetensors")):
-        pickled = any(next(folder.glob(pattern), None) for pattern in PICKLES)
-        raise CheckpointError(
-            "the weights are pickled, which can run code when read" if pickled else "there are no weights",
-            where=str(folder),
-            fix="save it as safetensors first (transformers: model.save_pretrained)"
-            if pickled
-            else "download it again",
-        )
+        if any(next(folder.glob(pattern), None) for pattern in PICKLES):
+            raise pickled(str(folder), folder, str(folder))
+        fix = f"bring model.safetensors there: llmkit reads safetensors and {SUFFIX} files"
+        raise CheckpointError("there are no weights", where=str(folder), fix=fix)
     return folder
+
+
+def pickled(model: str, folder: Path, where: str, revision: str = "") -> CheckpointError:
+    """The error for a model, a folder or a hub id, that has its weights as pickles only. ``folder``: its config."""
+    try:
+        kind = str(json.loads(read_text(folder / "config.json"))["architectures"][0])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError, CheckpointError):
+        kind = ""
+    kind = kind if re.fullmatch(r"\w{1,80}", kind, re.ASCII) else "AutoModel"
+    source = json.dumps(model) + (f", revision={json.dumps(revision)}" if revision else "")
+    lines = [f't.{name}.from_pretrained({source}).save_pretrained("converted")' for name in (kind, "AutoTokenizer")]
+    program = shlex.quote("; ".join(["import transformers as t", *lines]))
+    return CheckpointError(
+        "the weights are pickled, which can run code when read: llmkit reads safetensors only",
+        where=where,
+        fix=f"if you trust it, convert it: python -c {program} ; then init=converted",
+    )
 
 
 def is_adapter(folder: Path) -> bool:
@@ -130,13 +148,17 @@ def _from_hub(init: str, path: Path) -> Path:
         raise _unreachable(init, "asks for permission", "accept its terms, then `hf auth login`") from error
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise ConfigError(f"no folder and no hub model {init!r}", where="init", fix=_suggestion(path)) from error
-    except OSError as error:  # offline, no network, a server that fails, a full disk
-        why = "is not in the local cache and HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "cannot be fetched"
+    except LLMKitError:  # a stop signal's
+        raise
+    except Exception as error:  # no network, a server that fails or is slow, a full disk: classes of several libraries
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        why = f"cannot be fetched: {redact_text(reason)[:200]}"
+        why = "is not in the local cache and HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else why
         raise _unreachable(init, why, f"{_suggestion(path)}; otherwise download it once while online") from error
     return Path(folder)
 
 
-def _hub_error(init: str, error: LLMKitError) -> LLMKitError:
+def _hub_error(init: str, folder: Path, error: LLMKitError) -> LLMKitError:
     """``error`` about a fetched hub model, in words that fit where its weights are only in a form not fetched."""
     from huggingface_hub import HfApi
 
@@ -153,6 +175,8 @@ def _hub_error(init: str, error: LLMKitError) -> LLMKitError:
         command = f"hf download {repository} {quantised[0]}{pinned} --local-dir ."
         fix = f"download one by hand: {command} ; then init=<the file>"
         return ConfigError(what, where="init", fix=fix)
+    if any("/" not in name and fnmatch(name, pattern) for name in names for pattern in PICKLES):
+        return pickled(repository, folder, f"hub model {init!r}", revision)
     return error
 
 

@@ -54,7 +54,7 @@ def generate(
     *,
     device: torch.device | str,
 ) -> list[str]:
-    """The continuation of each prompt, without the prompt, up to the end token, a stop text or a limit.
+    """The continuation of each prompt, without the prompt, up to an end token, a stop text or a limit.
 
     A prompt longer than the model's window loses its beginning, and a full window ends a row: both with a warning that
     says how many. An encoder-decoder reads the prompt with its encoder (see ``seq2seq_generation``). Equal prompts get
@@ -91,10 +91,10 @@ def generate_from_ids(
 ) -> list[list[str]]:
     """``n_samples`` texts for each row of ids: what follows the row, or an encoder-decoder's answer to it.
 
-    Special tokens are not shown. ``end_ids`` end a text as the tokenizer's end token does. Rows longer than the
-    model's window are cut (a decoder's at the beginning), and a full window ends a text: both with a warning that says
-    how many. Equal rows get equal samples, the first ones the same however many are asked for. Raises ``ConfigError``
-    where samples would all be the same, and ``NumericsError`` when the model gives NaN.
+    Special tokens are not shown. ``end_ids`` end a text as the end tokens of tokenizer and model do. Rows longer than
+    the model's window are cut (a decoder's at the beginning), and a full window ends a text: both with a warning that
+    says how many. Equal rows get equal samples, the first ones the same however many are asked for. Raises
+    ``ConfigError`` where samples would all be the same, and ``NumericsError`` when the model gives NaN.
     """
     check_samples(settings, n_samples)
     texts = _collect(_ids_job(model, tokenizer, rows, settings, device, n_samples, end_ids), len(rows) * n_samples)
@@ -150,7 +150,7 @@ def _text_job(
     for prompt in prompts:
         seeds.append([settings.seed + before[prompt]])
         before[prompt] += 1
-    ends = {tokenizer.eos_id}
+    ends = _ends(model, tokenizer)
     if isinstance(model, Seq2SeqModel):
         ids = tokenizer.token_ids()
         writer = condition(model, [source_ids(tokenizer, ids, prompt) for prompt in prompts], ids, device)
@@ -172,13 +172,18 @@ def _ids_job(
     end_ids: Collection[int],
 ) -> Job:
     seeds = [[_seed(settings.seed, row, number) for number in range(n_samples)] for row in rows]
-    ends = {tokenizer.eos_id, *end_ids}
+    ends = _ends(model, tokenizer) | {*end_ids}
     if isinstance(model, Seq2SeqModel):
         ids = tokenizer.token_ids()
         writer = condition(model, rows, ids, device)
         return Job(writer, tokenizer, [[ids.pad_id] for _ in rows], seeds, ends, settings, device)
     fitting = _fitting(rows, tokenizer.eos_id, model.max_seq_len, settings.max_new_tokens)
     return Job(model, tokenizer, fitting, seeds, ends, settings, device)
+
+
+def _ends(model: object, tokenizer: Tokenizer) -> set[int]:
+    """Every token that ends a text: the tokenizer's, and those that the files of the model name (``end_ids``)."""
+    return {tokenizer.eos_id, *getattr(model, "end_ids", ())}
 
 
 def _seed(seed: int, row: Sequence[int], number: int) -> int:

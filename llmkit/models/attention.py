@@ -123,14 +123,16 @@ def _compiled_flex() -> Callable[..., Tensor]:
 class Attention(nn.Module):
     """Grouped-query self-attention (Ainslie et al. 2023).
 
-    Queries and keys may be normed head by head (Qwen3) or over their whole width (OLMo 2), scores capped (Gemma 2).
+    Queries and keys may be normed head by head (Qwen3) or over their whole width (OLMo 2), scores capped (Gemma 2) or
+    divided by the number of the layer, which counts from 1 (GPT-2 of Mistral, Karamcheti et al. 2021).
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: int = 0) -> None:
         super().__init__()
         D, K, bias = config.d_model, config.head_width, config.attention_bias
         self.width, self.dropout, self.cap = K, config.dropout, config.attention_softcap
-        self.scale = None if config.attention_scale_dim is None else config.attention_scale_dim**-0.5
+        scale_dim, divisor = config.attention_scale_dim or K, layer + 1 if config.scale_attention_by_layer else 1
+        self.scale = None if (scale_dim, divisor) == (K, 1) else scale_dim**-0.5 / divisor
         self.norm_by_head = config.qk_norm == "head"
         self.q = Linear(D, config.n_heads * K, bias=bias)
         self.k = Linear(D, config.kv_heads * K, bias=bias)

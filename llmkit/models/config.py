@@ -19,6 +19,8 @@ Problems = list[tuple[str, str]]
 
 VOCAB_MULTIPLE = 64  # embedding rows are rounded up to it: aligned rows make the head product faster on GPUs
 MIN_FLEX_WIDTH = 16  # flex_attention's kernels need heads at least this wide
+Activation = Literal["gelu", "gelu_tanh", "relu", "silu", "geglu", "geglu_tanh", "reglu", "swiglu"]
+GATED = {"gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu", "silu": "swiglu"}  # with the function in a gate
 GATED_WIDTH_MULTIPLE = 64  # the default width of a gated feed-forward is rounded up to it
 
 
@@ -41,7 +43,7 @@ class DecoderConfig:
     norm_eps: float
     norm_position: Literal["pre", "post", "both"]
     parallel_residual: bool
-    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu", "geglu_tanh"]
+    activation: Activation
     position: Literal["learned", "rotary"]
     rope_theta: float | None
     rotary_fraction: float
@@ -52,6 +54,7 @@ class DecoderConfig:
     attention_bias: bool
     attention_out_bias: bool
     attention_scale_dim: int | None
+    scale_attention_by_layer: bool
     attention_softcap: float | None
     logit_softcap: float | None
     scale_embedding: bool
@@ -66,7 +69,7 @@ class DecoderConfig:
     @property
     def gated(self) -> bool:
         """Gated feed-forward layers have three matrices instead of two."""
-        return self.activation in ("swiglu", "geglu", "geglu_tanh")
+        return self.activation in GATED.values()
 
     @property
     def kv_heads(self) -> int:

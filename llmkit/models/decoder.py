@@ -35,11 +35,11 @@ class Block(nn.Module):
     (GPT-NeoX).
     """
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, layer: int = 0) -> None:
         super().__init__()
         both = config.norm_position == "both"
         self.norm_first, self.parallel = config.norm_position != "post", config.parallel_residual
-        self.attention_norm, self.attention = build_norm(config), Attention(config)
+        self.attention_norm, self.attention = build_norm(config), Attention(config, layer)
         self.attention_post_norm = build_norm(config) if both else None
         self.mlp_norm, self.mlp = build_norm(config), FeedForward(config)
         self.mlp_post_norm = build_norm(config) if both else None
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
         learned, rows = config.position == "learned", config.vocab_rows
         self.embedding = Embedding(rows, config.d_model)
         self.position_embedding = Embedding(config.max_seq_len, config.d_model) if learned else None
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = build_norm(config)
         self.head = None if config.tie_embeddings else Linear(config.d_model, rows, bias=False)
         self.dropout = nn.Dropout(config.dropout)

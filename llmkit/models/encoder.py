@@ -21,6 +21,7 @@ from llmkit.models.attention import attend
 from llmkit.models.cache import dense_mask
 from llmkit.models.encoder_config import EncoderConfig
 from llmkit.models.layers import (
+    PLAIN,
     Embedding,
     FeedForward,
     LayerNorm,
@@ -95,17 +96,17 @@ class EncoderBlock(nn.Module):
 
 
 class Transform(nn.Module):
-    """Between the hidden states and the output matrix: dense, GELU, norm (Devlin et al. 2019, published code)."""
+    """Between the hidden states and the output matrix: dense, activation, norm (Devlin et al. 2019, published code)."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         width = config.embedding_width
         self.dense = Linear(config.d_model, width, bias=config.transform_bias)
         self.norm = layer_norm(config, keep_type=False, width=width)
-        self.approximate = "tanh" if config.activation == "gelu_tanh" else "none"
+        self.activation = PLAIN[config.transform_function]
 
     def forward(self, hidden_PD: Tensor) -> Tensor:
-        states_PE: Tensor = self.norm(F.gelu(self.dense(hidden_PD), approximate=self.approximate))
+        states_PE: Tensor = self.norm(self.activation(self.dense(hidden_PD)))
         return states_PE
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from llmkit.models.config import GATED_WIDTH_MULTIPLE, Problems, known_vocab, round_up, vocab_for
+from llmkit.models.config import GATED, GATED_WIDTH_MULTIPLE, Activation, Problems, known_vocab, round_up, vocab_for
 
 if TYPE_CHECKING:
     from llmkit.models.encoder import Encoder
@@ -37,7 +37,7 @@ class EncoderConfig:
     norm_position: Literal["post", "pre"]
     norm_bias: bool
     norm_eps: float
-    activation: Literal["gelu", "gelu_tanh", "swiglu", "geglu"]
+    activation: Activation
     position: Literal["learned", "rotary"]
     rope_theta: float | None
     local_rope_theta: float | None
@@ -46,6 +46,7 @@ class EncoderConfig:
     n_segments: int
     attention_bias: bool
     mlp_bias: bool
+    transform_activation: Literal["gelu", "gelu_tanh", "relu", "silu"] | None
     transform_bias: bool
     head_bias: bool
     pooler: bool
@@ -60,7 +61,14 @@ class EncoderConfig:
     @property
     def gated(self) -> bool:
         """Gated feed-forward layers have three matrices instead of two."""
-        return self.activation in ("swiglu", "geglu")
+        return self.activation in GATED.values()
+
+    @property
+    def transform_function(self) -> str:
+        """The activation between the blocks and the output matrix: the blocks' own, or GELU where they are gated."""
+        if self.transform_activation is not None:
+            return self.transform_activation
+        return "gelu" if self.gated else self.activation
 
     @property
     def embedding_width(self) -> int:

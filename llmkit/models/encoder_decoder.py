@@ -79,7 +79,7 @@ class Attention(nn.Module):
     def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()
         D, width, bias = config.d_model, config.n_heads * config.head_width, config.attention_bias
-        self.width, self.dropout = config.head_width, config.dropout
+        self.width, self.dropout = config.head_width, config.weights_dropout
         self.scale = None if config.scale_attention else 1.0
         self.q, self.k, self.v = (Linear(D, width, bias=bias) for _ in range(3))
         self.o = Linear(width, D, bias=bias)

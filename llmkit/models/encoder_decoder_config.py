@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from llmkit.models.config import GATED_WIDTH_MULTIPLE, Problems, known_vocab, round_up, vocab_for
+from llmkit.models.config import GATED, GATED_WIDTH_MULTIPLE, Activation, Problems, known_vocab, round_up, vocab_for
 
 if TYPE_CHECKING:
     from llmkit.models.encoder_decoder import EncoderDecoder
@@ -38,7 +38,7 @@ class EncoderDecoderConfig:
     norm_eps: float
     norm_position: Literal["pre", "post"]
     embedding_norm: bool
-    activation: Literal["relu", "gelu", "gelu_tanh", "silu", "reglu", "geglu", "geglu_tanh", "swiglu"]
+    activation: Activation
     position: Literal["relative", "learned", "sinusoidal"]
     n_position_buckets: int | None
     max_position_distance: int | None
@@ -49,6 +49,7 @@ class EncoderDecoderConfig:
     mlp_bias: bool
     head_bias: bool
     dropout: float
+    attention_dropout: float | None
     tie_embeddings: bool
     init_std: float | None
     start_id: int | None
@@ -58,12 +59,17 @@ class EncoderDecoderConfig:
     @property
     def gated(self) -> bool:
         """Gated feed-forward layers have three matrices instead of two."""
-        return self.activation in ("reglu", "geglu", "geglu_tanh", "swiglu")
+        return self.activation in GATED.values()
 
     @property
     def decoder_layers(self) -> int:
         """Blocks of the decoder; as many as the encoder's unless ``n_decoder_layers`` says otherwise."""
         return self.n_layers if self.n_decoder_layers is None else self.n_decoder_layers
+
+    @property
+    def weights_dropout(self) -> float:
+        """The share of attention weights zeroed in training."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
 
     @property
     def head_width(self) -> int:
@@ -239,6 +245,8 @@ class EncoderDecoderConfig:
             found.append(("init_std", "must be null or above 0"))
         if not 0 <= self.dropout < 1:
             found.append(("dropout", "must be in [0, 1)"))
+        if self.attention_dropout is not None and not 0 <= self.attention_dropout < 1:
+            found.append(("attention_dropout", "must be null or in [0, 1)"))
         if self.start_id is not None and not 0 <= self.start_id < (self.vocab_size or self.start_id + 1):
             found.append(("start_id", "must be null or an id of the vocabulary"))
         return found

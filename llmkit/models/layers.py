@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmkit.errors import ConfigError
+from llmkit.models.config import GATED
 
 
 def check_length(n_tokens: int, max_seq_len: int) -> None:
@@ -180,11 +181,13 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    **{"relu": F.relu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "silu": F.silu},
-    **{"reglu": F.relu, "geglu": F.gelu, "geglu_tanh": gelu_tanh, "swiglu": F.silu},
+PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+    "silu": F.silu,
 }
-GATED = ("reglu", "geglu", "geglu_tanh", "swiglu")
+ACTIVATIONS = PLAIN | {GATED[name]: function for name, function in PLAIN.items()}
 
 
 class FeedForward(nn.Module):
@@ -194,7 +197,7 @@ class FeedForward(nn.Module):
         super().__init__()
         D, F_, bias = config.d_model, config.ff_width, config.mlp_bias
         self.activation = ACTIVATIONS[config.activation]
-        self.gate = Linear(D, F_, bias=bias) if config.activation in GATED else None
+        self.gate = Linear(D, F_, bias=bias) if config.activation in GATED.values() else None
         self.up = Linear(D, F_, bias=bias)
         self.down = Linear(F_, D, bias=bias)
 

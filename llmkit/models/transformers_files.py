@@ -5,6 +5,7 @@ So no file names code, other files or the network; the library's own table of re
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from math import prod
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from llmkit.errors import CheckpointError, ConfigError
 from llmkit.models.hf.family import Keys
+from llmkit.models.hf.generation_file import GENERATION_FILE, generation_settings, take_generation
 from llmkit.models.hf.own import KEY as OURS
 from llmkit.models.hf.weight_files import MAX_GROWTH, MAX_LAYERS, TYPES, Stored, list_tensors, read_json, read_tensor
 from llmkit.models.transformers_build import (
@@ -86,6 +88,7 @@ def load_wrapped(
         _check_growth(model.hf, stored, folder)
         module = _filled(model, _state(model, stored), dtype or torch.float32, seed, folder)
         model.take(module.to(device))
+        take_generation(model, folder)
     except ConfigError as error:
         raise CheckpointError(error.what, where=str(folder), fix=error.fix) from error
     return model
@@ -94,19 +97,17 @@ def load_wrapped(
 def save_wrapped(
     model: Any, folder: Path, bos_id: int | None, eos_id: int | None, pad_id: int | None, max_shard_bytes: int
 ) -> None:
-    """Write config, weights and generation config; the ids go into the last one. Raises ``CheckpointError``."""
+    """Write config, weights and generation config; the last one as ``save_model``. Raises ``CheckpointError``."""
     hf = model.hf
     ids = {"bos_token_id": bos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
     if model.config.kind == "encoder_decoder":
         ids["decoder_start_token_id"] = pad_id  # what llmkit's objectives begin a target with
     setattr(hf.config, OURS, {KEY: model.config.task, "max_seq_len": model.config.max_seq_len})
-    if getattr(hf, "generation_config", None) is not None:
-        for name, value in ids.items():
-            if value is not None:
-                setattr(hf.generation_config, name, value)
     try:
         with quiet():
             hf.save_pretrained(folder, max_shard_size=max_shard_bytes)
+        if (file := folder / GENERATION_FILE).is_file():
+            file.write_text(json.dumps(generation_settings(model, ids), indent=2) + "\n", encoding="utf-8")
         mode = (folder / "config.json").stat().st_mode  # as the umask has it; safetensors writes 0600
         for path in folder.glob("model*.safetensors"):
             path.chmod(mode)

@@ -18,7 +18,7 @@ from llmkit.interfaces import Answer, Row, Tokenizer
 from llmkit.metrics.diversity import distinct_n
 from llmkit.task_interface import Prediction, Question
 from llmkit.tasks.chat_layout import Layout, Turn, layout, skeleton
-from llmkit.tasks.encoding import EMPTY_TARGET, MERGED, TOO_LONG, Spans, to_array
+from llmkit.tasks.encoding import EMPTY_TARGET, MERGED, TOO_LONG, Spans, encode_target, to_array
 from llmkit.tasks.messages import Message, later_beginnings, read_messages
 
 _N_SHOWN = 5  # conversations among the details
@@ -92,6 +92,10 @@ class Chat:
         words = sum(len(reply.split()) for reply in replies) / len(replies) if replies else 0.0
         return {"distinct_1": distinct_n(replies, 1), "distinct_2": distinct_n(replies, 2), "reply_words": words}
 
+    def answer_score(self, question: Question, prediction: Prediction) -> float:
+        """Distinct words of the reply, 0 .. 1: no reply is the right one, but some go round in circles."""
+        return distinct_n([prediction.text], 1)
+
     def details(self, questions: Sequence[Question], predictions: Sequence[Prediction]) -> dict[str, Any]:
         """Some conversations with the replies to them."""
         pairs = zip(questions[:_N_SHOWN], predictions, strict=False)
@@ -155,7 +159,7 @@ def _end_of(text: str, ids: Sequence[int], spans: Spans, first: int, stop: int, 
 
 def _source_row(messages: Sequence[Message], tokenizer: Tokenizer, max_len: int, cut: bool) -> Row:
     """An encoder-decoder's row for the last of the messages."""
-    written = tokenizer.encode(messages[-1]["content"])
+    written = encode_target(messages[-1]["content"], tokenizer)
     if not written:
         raise BadExample(EMPTY_TARGET)  # no character of it is in the vocabulary
     if len(written) >= max_len:

@@ -141,6 +141,13 @@ def begin(tokenizer: Tokenizer) -> list[int]:
     return [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
 
+def encode_target(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids of what an encoder-decoder writes; some tokenizers cut it by rules other than those of the source."""
+    own = getattr(tokenizer, "encode_target", tokenizer.encode)
+    ids: list[int] = own(text)
+    return ids
+
+
 def as_document(prompt: Prompt, tokenizer: Tokenizer, max_len: int, *, cut: bool) -> tuple[Ids, int]:
     """``[bos] ids eos``, which encoders read and heads classify, and how many ids were left out."""
     first = begin(tokenizer)

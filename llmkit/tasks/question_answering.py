@@ -162,6 +162,10 @@ class QuestionAnswering(TextTask):
         version = 2 if self.unanswerable else 1
         return squad_scores([self._said(prediction) for prediction in predictions], _gold(questions), version=version)
 
+    def answer_score(self, question: Question, prediction: Prediction) -> float:
+        """SQuAD's F1 of the answer, 0 .. 100."""
+        return self.metrics([question], [prediction])["f1"]
+
     def details(self, questions: Sequence[Question], predictions: Sequence[Prediction]) -> dict[str, Any]:
         """For spans of which some may be no answer: the ``null_threshold`` that would have scored best here."""
         from llmkit.metrics.squad import best_thresholds

@@ -102,6 +102,10 @@ class Sentiment:
         report = self._report(questions, predictions)
         return {"accuracy": report.accuracy, "macro_f1": report.macro_f1, "mcc": report.mcc}
 
+    def answer_score(self, question: Question, prediction: Prediction) -> float:
+        """The probability of the right label; 0 where the model does not know the label."""
+        return prediction.scores.get(str(question.fields["label"]), 0.0)
+
     def details(self, questions: Sequence[Question], predictions: Sequence[Prediction]) -> dict[str, Any]:
         """The table of classes and the confusion matrix: rows are the labels of the data, columns the predicted.
 

@@ -53,3 +53,7 @@ class Summarization(TextTask):
         wanted = mean([mean([len(text.split()) for text in texts]) for texts in references])
         lengths = {"words": words, "reference_words": wanted, "length_ratio": words / wanted if wanted else 0.0}
         return {**rouge(said, references), **lengths}
+
+    def answer_score(self, question: Question, prediction: Prediction) -> float:
+        """ROUGE-L of the summary, 0 .. 100."""
+        return self.metrics([question], [prediction])["rougeL"]

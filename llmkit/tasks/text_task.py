@@ -18,6 +18,7 @@ from llmkit.tasks.encoding import (
     Prompt,
     as_document,
     begin,
+    encode_target,
     fill,
     fit_alone,
     fit_answered,
@@ -61,6 +62,12 @@ class TextTask(ABC):
     @abstractmethod
     def targets(self, question: Question) -> Sequence[str]:
         """The answers that a model is trained on, one row each."""
+
+    def answer_score(self, question: Question, prediction: Prediction) -> float:
+        """chrF of the answer, 0 .. 100: BLEU is nearly always 0 for a single sentence."""
+        from llmkit.metrics.translation import sacre_bleu
+
+        return sacre_bleu([prediction.text.strip()], [list(self.targets(question))])[1]
 
     def details(self, questions: Sequence[Question], predictions: Sequence[Prediction]) -> dict[str, Any]:
         """What belongs beside the metrics and is no number of its own, as plain values."""
@@ -124,7 +131,7 @@ class TextTask(ABC):
     def _source_row(
         self, question: Question, prompt: Prompt, target: str, tokenizer: Tokenizer, max_len: int, cut: bool
     ) -> Row:
-        written = tokenizer.encode(target)
+        written = encode_target(target, tokenizer)
         if not written:
             raise BadExample(EMPTY_TARGET)  # no character of it is in the vocabulary
         if len(written) >= max_len:

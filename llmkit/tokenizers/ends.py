@@ -5,7 +5,7 @@ Rows of training are ``[bos] text eos``. Encoders read them whole; a decoder goe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 Token = tuple[str, int]  # name, id
@@ -40,6 +40,18 @@ def _processor(
         "pair": [*first, *second],
         "special_tokens": {name: {"id": name, "ids": [index], "tokens": [name]} for name, index in [*before, *after]},
     }
+
+
+def ends_of(processor: Mapping[str, Any] | None) -> tuple[int | None, int | None]:
+    """Ids of the special tokens that a post-processor puts first and last around a text; None where it puts none."""
+    for step in [] if processor is None else processor.get("processors", [processor]):
+        if step["type"] in ("BertProcessing", "RobertaProcessing"):
+            return step["cls"][1], step["sep"][1]
+        if step["type"] == "TemplateProcessing":
+            names = [piece.get("SpecialToken", {}).get("id") for piece in (step["single"][0], step["single"][-1])]
+            first, last = (step["special_tokens"][name]["ids"] if name is not None else [None] for name in names)
+            return first[0], last[-1]
+    return None, None
 
 
 def around(bos: Token | None, eos: Token, kind: str | None) -> dict[str, Any] | None:

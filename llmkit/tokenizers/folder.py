@@ -23,7 +23,9 @@ from llmkit.tokenizers.hf_files import (
 )
 from llmkit.tokenizers.sentencepiece_files import MODEL_FILES, read_sentencepiece, rules
 
-FILES = (TOKENIZER_FILE, *MODEL_FILES, VOCAB_FILE, byte_level_files.VOCAB_FILE)  # the first that is there is read
+MARIAN_FILE = "source.spm"  # with target.spm and vocab.json; what stands beside it has been made from them
+# The first that is there is read
+FILES = (MARIAN_FILE, TOKENIZER_FILE, *MODEL_FILES, VOCAB_FILE, byte_level_files.VOCAB_FILE)
 MAP_FILE = "special_tokens_map.json"
 
 

@@ -19,6 +19,7 @@ from llmkit.interfaces import Tokenizer
 from llmkit.safe_files import read_bytes, read_text
 from llmkit.tokenizers.added_tokens import vocabulary_of
 from llmkit.tokenizers.chat_template import DEFAULT, ChatTemplate
+from llmkit.tokenizers.ends import ends_of
 from llmkit.tokenizers.gguf_splits import SPLITS, WHOLE_WORDS, kind_of
 from llmkit.tokenizers.hf_files import TOKENIZER_FILE, ModelProto
 from llmkit.tokenizers.sentencepiece import MODEL_FILE
@@ -52,13 +53,13 @@ def gguf_fields(tokenizer: Tokenizer) -> dict[str, Any]:
             content = json.loads(read_text(folder / TOKENIZER_FILE))
             fields = _of_json(content, getattr(tokenizer, "unk_id", None))
     roles = {
-        "bos_token": tokenizer.bos_id,
+        "bos_token": tokenizer.bos_token_id,
         "eos_token": tokenizer.eos_id,
         "unk_token": getattr(tokenizer, "unk_id", None),
         "pad_token": tokenizer.pad_id,
     }
     ids = {ROLE_KEYS[role]: index for role, index in roles.items() if index is not None}
-    return {**fields, **ids, **_chats(ChatTemplate.of(tokenizer))}
+    return {**fields, ADD_BOS: tokenizer.bos_id is not None, **ids, **_chats(ChatTemplate.of(tokenizer))}
 
 
 def _chats(template: ChatTemplate | None) -> dict[str, Any]:
@@ -79,7 +80,6 @@ def _of_model(model: ModelProto) -> dict[str, Any]:
         SCORES: [float(score) for _, score, _ in model.pieces],
         TYPES: [kind for _, _, kind in model.pieces],
         ADD_SPACE: model.dummy_prefix,
-        ADD_BOS: "bos" in model.ids,
         ADD_EOS: False,
     }
 
@@ -94,8 +94,7 @@ def _of_json(content: Mapping[str, Any], unk_id: int | None) -> dict[str, Any]:
     tokens = [names.get(index, f"[PAD{index}]") for index in range(max(names) + 1)]
     added = {item["id"]: CONTROL if item["special"] else USER_DEFINED for item in content.get("added_tokens") or []}
     types = [added.get(index, NORMAL if index in names else UNUSED) for index in range(len(tokens))]
-    first, last = _ends(content)
-    fields = {TOKENS: tokens, TYPES: types, ADD_BOS: first, ADD_EOS: last}
+    fields = {TOKENS: tokens, TYPES: types, ADD_EOS: ends_of(content.get("post_processor"))[1] is not None}
     if prefix is None:
         return {KIND: "gpt2", PRE: _cut(content), **fields, MERGES: [" ".join(pair) for pair in merges]}
     if unk_id is not None:
@@ -136,16 +135,6 @@ def _space_first(content: Mapping[str, Any]) -> bool | None:
 
 def _steps(node: Mapping[str, Any] | None, parts: str) -> list[Mapping[str, Any]]:
     return [] if node is None else list(node.get(parts, [node]))
-
-
-def _ends(content: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether a special token is put before a text, and after it."""
-    processor = content.get("post_processor") or {}
-    for step in _steps(processor, "processors"):
-        if step.get("type") == "TemplateProcessing":
-            single = step["single"]
-            return "SpecialToken" in single[0], "SpecialToken" in single[-1]
-    return False, False
 
 
 def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]]) -> list[float]:

@@ -43,7 +43,7 @@ _OTHER_NAMES = {
     "llama4": "gpt-4o",
 }
 WHOLE_WORDS = ("llama-bpe", "tekken")  # a word that is a piece is taken whole, whatever the merges
-BEGIN_FIRST = ("llama-bpe",)  # the begin symbol stands before a text where the file says nothing
+BEGIN_FIRST = ("llama-bpe", "tekken")  # the begin symbol stands before a text where the file says nothing
 
 
 def kind_named(name: str | None) -> str | None:

@@ -20,6 +20,8 @@ def add_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
     such as ``<pad>``, ``<mask>`` or ``<extra_id_0>``, takes that role where it was free. Raises ``ConfigError`` for an
     empty or blank name, for one given twice, for a piece of text, and for a tokenizer of another kind.
     """
+    if not names:
+        return tokenizer
     if not isinstance(tokenizer, HFTokenizer | SentencePieceTokenizer):
         raise ConfigError(
             f"a {type(tokenizer).__name__} takes no new tokens", where="add_tokens", fix="leave add_tokens out"
@@ -36,7 +38,6 @@ def add_tokens(tokenizer: Tokenizer, names: Sequence[str]) -> Tokenizer:
         elif not special[index]:
             fix = f"choose a name that is no piece of the vocabulary, such as <|{name}|>"
             raise ConfigError(f"{name!r} is a piece of text in this vocabulary", where="add_tokens", fix=fix)
-    if names:
-        there = [name for name in names if name not in new]
-        log.info("add_tokens: %d added to the vocabulary; already in it: %s", len(new), ", ".join(there) or "none")
+    there = [name for name in names if name not in new]
+    log.info("add_tokens: %d added to the vocabulary; already in it: %s", len(new), ", ".join(there) or "none")
     return tokenizer.with_symbols(new) if new else tokenizer

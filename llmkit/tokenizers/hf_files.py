@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.safe_files import read_bytes
-from llmkit.tokenizers.ends import around, template
+from llmkit.tokenizers.ends import around
 from llmkit.tokenizers.vocabulary import MASK_NAMES, SPACE, stands_for_text
 
 logger = logging.getLogger("llmkit.tokenizers")
@@ -25,6 +25,7 @@ TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_FOLDER = "additional_chat_templates"
 MAX_TEMPLATE_BYTES = 1_000_000  # long ones have 20,000
 FORMAT_KEY = "llmkit_format"  # in CONFIG_FILE: which of the kinds that llmkit trains this is
+BEGINS_KEY = "add_bos_token"  # in CONFIG_FILE: whether a text begins with the begin symbol
 SENTENCEPIECE, WORDPIECE = "sentencepiece", "wordpiece"  # tokenizer.model decides the ids of the first
 _NEVER = -1e6  # the score of a piece that Unigram must not take from text; special tokens are found before it runs
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # piece types of sentencepiece_model.proto
@@ -88,8 +89,10 @@ class ModelProto:
         return (self.symbol(name), self.ids[name]) if name in self.ids else None
 
 
-def write_hf_files(model: ModelProto, folder: Path, kind: str | None = None) -> None:
+def write_hf_files(model: ModelProto, folder: Path, kind: str | None = None, *, begins: bool = True) -> None:
     """Into ``folder``, for a model of ``kind``: its rows are what the users of these files make of a text.
+
+    ``begins``: rows begin with the begin symbol, where the model has one.
 
     A model with a normalisation of its own gets no ``tokenizer.json``, and a warning.
     """
@@ -98,12 +101,13 @@ def write_hf_files(model: ModelProto, folder: Path, kind: str | None = None) -> 
         FORMAT_KEY: SENTENCEPIECE,
         "tokenizer_class": "PreTrainedTokenizerFast" if model.convertible else "LlamaTokenizer",
         "clean_up_tokenization_spaces": False,
+        BEGINS_KEY: begins and "bos" in model.ids,
         "model_max_length": int(1e30),  # as transformers writes "no limit"
         **{f"{name}_token": model.symbol(name) for name in model.ids},
         **({"mask_token": masks[0]} if masks else {}),
     }
     if model.convertible:
-        _write(folder / TOKENIZER_FILE, _as_trained(model, kind))
+        _write(folder / TOKENIZER_FILE, _as_trained(model, kind, begins))
     else:
         logger.warning("this SentencePiece model normalises text; transformers may give other ids than llmkit")
     _write(folder / CONFIG_FILE, config)
@@ -128,7 +132,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def _as_trained(model: ModelProto, kind: str | None) -> dict[str, Any]:
+def _as_trained(model: ModelProto, kind: str | None, begins: bool) -> dict[str, Any]:
     """``tokenizer_json`` with the ends of a training row, and masks and sentinels that take the space before them.
 
     In training they stand for pieces such as ``\u2581with``, space included. Where a model puts a space of its own
@@ -136,7 +140,7 @@ def _as_trained(model: ModelProto, kind: str | None) -> dict[str, Any]:
     """
     content, eos = tokenizer_json(model), model.named("eos")
     if eos is not None:
-        content["post_processor"] = around(model.named("bos"), eos, kind)
+        content["post_processor"] = around(model.named("bos") if begins else None, eos, kind)
     if not model.dummy_prefix and not model.space_after:
         for token in content["added_tokens"]:
             token["lstrip"] = stands_for_text(token["content"])
@@ -156,7 +160,7 @@ def tokenizer_json(model: ModelProto) -> dict[str, Any]:
         "added_tokens": _added_tokens(model),
         "normalizer": {"type": "Sequence", "normalizers": [*prefix, escape]},
         "pre_tokenizer": None,
-        "post_processor": template([] if (bos := model.named("bos")) is None else [bos], []),
+        "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": [unescape, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": _bpe(model) if model.kind == "BPE" else _unigram(model),
     }

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import ConfigError, DataError, missing_extra
 from llmkit.interfaces import TokenIds
+from llmkit.safe_files import followed
 from llmkit.tokenizers import chat_template
 from llmkit.tokenizers import spans as places
 from llmkit.tokenizers import vocabulary as vocabularies
 from llmkit.tokenizers.added_tokens import entry, with_added
 from llmkit.tokenizers.bert_files import input_names, named, with_ends
-from llmkit.tokenizers.folder import read_source, written
+from llmkit.tokenizers.ends import ends_of
+from llmkit.tokenizers.folder import MARIAN_FILE, read_source, written
 from llmkit.tokenizers.hf_files import (
     CONFIG_FILE,
     FORMAT_KEY,
@@ -27,6 +29,7 @@ from llmkit.tokenizers.hf_files import (
     WORDPIECE,
     write_template_files,
 )
+from llmkit.tokenizers.marian import MarianTokenizer
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -62,8 +65,8 @@ _KEPT_SETTINGS = (
 class HFTokenizerSpec:
     """Opens the tokenizer of others at ``path``: its folder, or a file of it.
 
-    The files are ``tokenizer.json``, SentencePiece's ``tokenizer.model`` or ``spiece.model``, BERT's ``vocab.txt``, or
-    GPT-2's ``vocab.json`` with ``merges.txt``.
+    The files are ``tokenizer.json``, SentencePiece's ``tokenizer.model`` or ``spiece.model``, BERT's ``vocab.txt``,
+    GPT-2's ``vocab.json`` with ``merges.txt``, or (a folder) Marian's ``source.spm``.
     """
 
     path: str | None
@@ -74,10 +77,11 @@ class HFTokenizerSpec:
     def symbols(self) -> None:
         """Known once the file is open."""
 
-    def open(self) -> HFTokenizer:
+    def open(self) -> HFTokenizer | MarianTokenizer:
         if not self.path:
             raise ConfigError("tokenizer=hf_json needs a path", where="tokenizer.path", fix="give a tokenizer.json")
-        return HFTokenizer.load(Path(self.path).expanduser())
+        path = followed(Path(self.path).expanduser())
+        return MarianTokenizer.load(path) if (path / MARIAN_FILE).is_file() else HFTokenizer.load(path)
 
     def train(self, texts: Iterable[str], folder: Path) -> HFTokenizer:
         """A ``tokenizer.json`` is never trained here."""
@@ -102,7 +106,9 @@ class HFTokenizer:
             raise ConfigError("the tokenizer has no end-of-text token", where=where, fix=fix)
         ids = {role: vocabulary[name] for role, name in self._names.items()}
         self.eos_id: int = ids["eos_token"]
-        self.bos_id: int | None = ids.get("bos_token")
+        self.bos_token_id: int | None = ids.get("bos_token")
+        first, _ = ends_of(json.loads(content).get("post_processor"))
+        self.bos_id: int | None = first if first in (self.bos_token_id, ids.get("cls_token")) else None
         self.unk_id: int | None = ids.get("unk_token")
         self.pad_id: int = ids.get("pad_token", self.eos_id)
         self._roles = vocabularies.find_roles(vocabulary, self._names.get("mask_token"))
@@ -302,7 +308,7 @@ class HFTokenizer:
 
         added = self._backend.get_added_tokens_decoder()
         marked = [index for index, token in added.items() if token.special]
-        named_ids = (self.bos_id, self.eos_id, self.pad_id, *self._roles.ids)
+        named_ids = (self.bos_id, self.bos_token_id, self.eos_id, self.pad_id, *self._roles.ids)
         silent = frozenset(index for index in (*marked, *named_ids) if index is not None and index != self.unk_id)
         unmarked = [added[index].content for index in sorted(silent & added.keys() - set(marked))]
         self._backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in unmarked])

@@ -7,9 +7,10 @@ from pathlib import Path
 from llmkit.errors import DataError
 from llmkit.gguf_file import SUFFIX
 from llmkit.interfaces import Tokenizer
-from llmkit.tokenizers.folder import FILES, read_json, stands_alone, tokenizer_file
+from llmkit.tokenizers.folder import FILES, MARIAN_FILE, read_json, stands_alone, tokenizer_file
 from llmkit.tokenizers.hf_files import CONFIG_FILE, FORMAT_KEY, SENTENCEPIECE
 from llmkit.tokenizers.hf_json import HFTokenizer
+from llmkit.tokenizers.marian import MarianTokenizer
 from llmkit.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer
 from llmkit.tokenizers.sentencepiece_files import MODEL_FILES
 
@@ -29,6 +30,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if file is None:
         fix = f"the folder must hold one of {', '.join(FILES)}"
         raise DataError("there is no tokenizer in the folder", where=str(folder), fix=fix)
+    if file.name == MARIAN_FILE:
+        return MarianTokenizer.load(folder)
     if file.name in MODEL_FILES and stands_alone(file):
         return SentencePieceTokenizer.load(file)
     return HFTokenizer.load(folder)

@@ -19,10 +19,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from llmkit.errors import ConfigError, DataError
 from llmkit.interfaces import TokenIds
-from llmkit.safe_files import read_bytes
+from llmkit.safe_files import followed, read_bytes
 from llmkit.settings import Range
 from llmkit.tokenizers import spans, vocabulary
 from llmkit.tokenizers.hf_files import (
+    BEGINS_KEY,
+    CONFIG_FILE,
+    FORMAT_KEY,
+    SENTENCEPIECE,
     TEMPLATE_FILE,
     ModelProto,
     template_files,
@@ -83,7 +87,7 @@ class SentencePieceSpec:
 
     def open(self) -> SentencePieceTokenizer | None:
         """The model at ``path`` (the file, or a folder that holds ``tokenizer.model``)."""
-        return None if self.path is None else SentencePieceTokenizer.load(Path(self.path).expanduser())
+        return None if self.path is None else SentencePieceTokenizer.load(followed(Path(self.path).expanduser()))
 
     def key(self) -> dict[str, Any]:
         from importlib.metadata import version  # slow to import, and the config check imports this module
@@ -163,8 +167,16 @@ def _sentences(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
 class SentencePieceTokenizer:
     """Implements ``interfaces.Tokenizer`` on a serialised SentencePiece model."""
 
-    def __init__(self, model: bytes, where: str = "tokenizer", templates: Mapping[str, bytes] | None = None) -> None:
-        self._model, self._templates = model, templates or {}
+    def __init__(
+        self,
+        model: bytes,
+        where: str = "tokenizer",
+        templates: Mapping[str, bytes] | None = None,
+        *,
+        begins: bool = True,
+    ) -> None:
+        """``begins``: documents begin with the begin symbol, where the model has one."""
+        self._model, self._templates, self._begins = model, templates or {}, begins
         self._processor, self._proto = opened(model, where)
         self._words_apart = self._proto.words_apart
         self.vocab_size = int(self._processor.vocab_size())
@@ -172,18 +184,26 @@ class SentencePieceTokenizer:
             fix = "train it with an eos_id, or train a new one with tokenizer.path=null"
             raise ConfigError("the tokenizer has no end-of-text symbol", where=where, fix=fix)
         self.eos_id = int(self._processor.eos_id())
-        self.bos_id = _id_or_none(self._processor.bos_id())
+        self.bos_token_id = _id_or_none(self._processor.bos_id())
+        self.bos_id = self.bos_token_id if begins else None
         self.unk_id = _id_or_none(self._processor.unk_id())
         pad_id = _id_or_none(self._processor.pad_id())
         self.pad_id = self.eos_id if pad_id is None else pad_id
-        self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.fingerprint = hashlib.sha256(model + (b"" if begins else b"no begin symbol")).hexdigest()
 
     @classmethod
     def load(cls, path: Path) -> SentencePieceTokenizer:
-        """From ``tokenizer.model`` or the folder that holds it; a chat template beside it is kept."""
+        """From ``tokenizer.model`` or the folder that holds it; a chat template beside it is kept.
+
+        Of others' models the begin symbol stands before a text where the settings beside it say so.
+        """
+        from llmkit.tokenizers.folder import read_json  # which reads models of others, with this module
+
         file = path / MODEL_FILE if path.is_dir() else path
+        settings = read_json(file.with_name(CONFIG_FILE))
+        begins = bool(settings.get(BEGINS_KEY, settings.get(FORMAT_KEY) == SENTENCEPIECE))
         try:
-            return cls(read_bytes(file), str(file), template_files(file.parent))
+            return cls(read_bytes(file), str(file), template_files(file.parent), begins=begins)
         except OSError as error:
             what = f"the tokenizer cannot be read: {error.strerror}"
             raise ConfigError(what, where=str(file), fix="give a tokenizer.model or its folder") from error
@@ -254,7 +274,8 @@ class SentencePieceTokenizer:
 
     def with_chat_template(self, source: str) -> SentencePieceTokenizer:
         """The same with ``source`` as its one chat template."""
-        return SentencePieceTokenizer(self._model, templates={TEMPLATE_FILE: source.encode()})
+        templates = {TEMPLATE_FILE: source.encode()}
+        return SentencePieceTokenizer(self._model, templates=templates, begins=self._begins)
 
     def id_of(self, name: str) -> int | None:
         """The id of a piece or a symbol."""
@@ -262,7 +283,8 @@ class SentencePieceTokenizer:
 
     def with_symbols(self, names: Sequence[str]) -> SentencePieceTokenizer:
         """The same with ``names``, which its vocabulary must lack, as control symbols on the next ids."""
-        return SentencePieceTokenizer(with_control_pieces(self._model, names), templates=self._templates)
+        model = with_control_pieces(self._model, names)
+        return SentencePieceTokenizer(model, templates=self._templates, begins=self._begins)
 
     def token_ids(self) -> TokenIds:
         return self._token_ids
@@ -292,7 +314,7 @@ class SentencePieceTokenizer:
         """``tokenizer.model``, and what ``transformers`` reads, for a model of ``kind`` where that is known."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MODEL_FILE).write_bytes(self._model)
-        write_hf_files(self._proto, folder, kind)
+        write_hf_files(self._proto, folder, kind, begins=self._begins)
         write_template_files(self._templates, folder)
 
 

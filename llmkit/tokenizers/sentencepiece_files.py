@@ -49,11 +49,11 @@ def read_sentencepiece(
     stated = stated_tokens(settings, old_file, str(file.parent))
     model = _with_new_names(model, {int(token["id"]): str(token["content"]) for token in stated})
     if kind == "LlamaTokenizer":
-        content = _llama(model, settings)
+        content = {**_llama(model, settings), "post_processor": _ends(model, settings)}
     elif kind in ("T5Tokenizer", "MT5Tokenizer"):
         content = _t5(model, complete, str(file))
     elif kind in ("None", "GemmaTokenizer") and not model.space_after:
-        content = _own(model)
+        content = {**_own(model), "post_processor": _ends(model, settings)}
     else:
         what = f"this SentencePiece model goes by rules that llmkit does not know ({kind})"
         fix = "let transformers write a tokenizer.json: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
@@ -96,16 +96,21 @@ def _llama(model: ModelProto, settings: Mapping[str, Any]) -> dict[str, Any]:
     prefix = settings.get("add_prefix_space") is not False
     scheme = ("always" if settings.get("legacy") else "first") if prefix else "never"
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    ends = [
-        [(model.symbol(role), model.ids[role])] if role in model.ids and settings.get(key, usual) else []
-        for role, key, usual in (("bos", "add_bos_token", True), ("eos", "add_eos_token", False))
-    ]
     unescape = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     content["normalizer"] = None
     content["pre_tokenizer"] = _metaspace(scheme, split=False)
     content["decoder"]["decoders"] = [unescape, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
-    content["post_processor"] = template(*ends)
     return content
+
+
+def _ends(model: ModelProto, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What ``transformers`` (5.23) puts around a text for every class but T5's: what the settings ask for, no more."""
+    return template(
+        *(
+            [token] if (token := model.named(role)) is not None and settings.get(f"add_{role}_token") else []
+            for role in ("bos", "eos")
+        )
+    )
 
 
 def _metaspace(scheme: str, *, split: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from llmkit.errors import ConfigError, DataError, missing_extra
+from llmkit.safe_files import followed
 from llmkit.settings import Range
 from llmkit.tokenizers.bert_files import MAX_WORD_CHARACTERS, PREFIX, SPECIAL_SYMBOLS, bert_json, bert_settings
 from llmkit.tokenizers.hf_files import FORMAT_KEY, WORDPIECE
@@ -66,7 +67,7 @@ class WordPieceSpec:
 
     def open(self) -> HFTokenizer | None:
         """The tokenizer at ``path``: ``tokenizer.json``, ``vocab.txt`` or a folder that holds one of them."""
-        return None if self.path is None else HFTokenizer.load(Path(self.path).expanduser())
+        return None if self.path is None else HFTokenizer.load(followed(Path(self.path).expanduser()))
 
     def key(self) -> dict[str, Any]:
         if (tokenizer := self.open()) is not None:

@@ -50,6 +50,16 @@ def test_evaluation_of_other_tasks(place: Place, task: str, kind: str, capsys: S
     assert len(found["worst"]) == 5
 
 
+@pytest.mark.parametrize(("task", "kind"), [("chat", "decoder"), ("translation", "encoder_decoder")])
+def test_the_loss_is_that_of_the_run(place: Place, task: str, kind: str, capsys: Said) -> None:
+    run = place.done(task, kind)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "val/loss" in row][-1]
+    found = json.loads(ask(capsys, "evaluate", f"task={task}", f"init={run}", *QUIET))
+    for name in ("loss", "accuracy", "ppl"):
+        assert found[name] == pytest.approx(last[f"val/{name}"], rel=1e-6)
+
+
 # -- predict --------------------------------------------------------------------------------------------------------
 
 

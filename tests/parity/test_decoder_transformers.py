@@ -159,6 +159,17 @@ def test_a_model_that_is_as_simple_as_a_llama_becomes_one(name: str, tmp_path: P
     assert difference(again(ids).logits, other(ids).logits) <= LOGITS
 
 
+def test_a_gpt2_whose_scores_are_computed_in_another_order_is_the_same(tmp_path: Path) -> None:
+    """``reorder_and_upcast_attn``, which the published models with scores scaled by layer have too."""
+    config = replace(FAMILIES["gpt2"](0), scale_attention_by_layer=True, n_layers=3)
+    other = random_model("gpt2", {**family_of(config).write(config), "reorder_and_upcast_attn": True})
+    assert other.transformer.h[0].attn.reorder_and_upcast_attn
+    other.save_pretrained(tmp_path)
+    model, ids = load_model(tmp_path), random_ids(config, 2, config.max_seq_len)
+    assert model.config.scale_attention_by_layer
+    assert difference(model(ids), other(ids).logits) <= LOGITS
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sharded_folders_and_generation_settings_are_read_by_transformers(name: str, tmp_path: Path) -> None:
     model = built(FAMILIES[name](1))

@@ -44,7 +44,7 @@ def odd_t5(seed: int) -> EncoderDecoderConfig:
         n_heads=draw.choice([1, 2, 3, 5]),
         d_head=draw.randint(2, 9),
         d_ff=draw.choice([None, 7, 50]),
-        activation=["relu", "geglu_tanh", "gelu", "gelu_tanh", "silu", "reglu", "swiglu"][seed % 7],
+        activation=["relu", "geglu_tanh", "gelu", "gelu_tanh", "silu", "reglu", "swiglu", "geglu"][seed % 8],
         norm_eps=draw.choice([1e-6, 1e-3]),
         n_position_buckets=buckets,
         max_position_distance=draw.choice([buckets, 20, 128]),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
 from llmkit.interfaces import Tokenizer
+from llmkit.tasks.encoding import begin
 from llmkit.tokenizers.hf_json import HFTokenizer
 from llmkit.tokenizers.load import load_tokenizer
 from llmkit.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -32,17 +33,9 @@ def _agree(ours: Tokenizer, folder: Path, model_type: str | None) -> None:
         assert theirs.encode(text, add_special_tokens=False, split_special_tokens=True) == ids, text
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids), text
     assert theirs.eos_token_id == ours.eos_id
-    assert theirs.bos_token_id == ours.bos_id
+    assert theirs.bos_token_id == ours.bos_token_id
     assert len(theirs) == ours.vocab_size
-    assert theirs("some text").input_ids == _with_bos(ours, "some text", theirs)
-
-
-def _with_bos(ours: Tokenizer, text: str, theirs: Any) -> list[int]:
-    """What a prompt of theirs should be: a document as it is trained on, without its end."""
-    adds_bos = theirs.backend_tokenizer.post_processor is not None and "Template" in str(
-        theirs.backend_tokenizer.post_processor
-    )
-    return [ours.bos_id, *ours.encode(text)] if adds_bos and ours.bos_id is not None else ours.encode(text)
+    assert theirs("some text").input_ids == [*begin(ours), *ours.encode("some text")]
 
 
 @pytest.mark.parametrize("model_type", [None, "llama", "gpt2", "mistral", "qwen3"])

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from llmkit.errors import DataError
+from llmkit.tasks.encoding import begin
 from llmkit.tokenizers.hf_json import HFTokenizer
 from llmkit.tokenizers.load import load_tokenizer
 from llmkit.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -47,7 +48,10 @@ def _agree(folder: Path, *, but: tuple[str, ...] = ()) -> HFTokenizer:
         assert _differing(texts, shown, other.batch_decode(ids, skip_special_tokens=True)) == []
     assert len(theirs) == ours.vocab_size == len(copy)
     ends = (theirs.bos_token_id, theirs.eos_token_id)
-    assert (ours.bos_id, ours.eos_id) == ((theirs.cls_token_id, theirs.sep_token_id) if ends == (None, None) else ends)
+    roles = (theirs.cls_token_id, theirs.sep_token_id) if ends == (None, None) else ends
+    assert (ours.bos_token_id, ours.eos_id) == roles
+    row = [*begin(ours), *ours.encode("some text")]
+    assert theirs("some text").input_ids[: len(row)] == row
     assert theirs.pad_token_id in (None, ours.pad_id)
     assert theirs("some text").input_ids == copy("some text").input_ids
     marked = f"a {theirs.eos_token or theirs.sep_token}b c"
@@ -135,6 +139,17 @@ def test_a_sentencepiece_model_alone_gives_the_ids_of_the_library(tmp_path: Path
         assert isinstance(ours, SentencePieceTokenizer)
         library = SentencePieceProcessor(model_proto=model)
         assert ours.encode_batch(many_strings()) == library.encode(list(many_strings()))
+
+
+def test_a_sentencepiece_model_alone_and_llamas_class(tmp_path: Path) -> None:
+    """The library puts a space before every text; Llama's class not before one that begins with one."""
+    from transformers import LlamaTokenizer
+
+    (tmp_path / "tokenizer.model").write_bytes(_llama())
+    ours, texts = load_tokenizer(tmp_path), list(many_strings())
+    theirs = _ids(LlamaTokenizer.from_pretrained(tmp_path), texts)
+    differing = [text for text, a, b in zip(texts, ours.encode_batch(texts), theirs, strict=True) if a != b]
+    assert differing == [text for text in texts if text[:1] == " "]
 
 
 def test_a_sentencepiece_model_whose_folder_names_no_class(tmp_path: Path) -> None:
@@ -250,4 +265,4 @@ def test_a_tokenizer_json_with_tokens_that_only_its_config_knows(tmp_path: Path)
     names = {"eos_token": "<|im_end|>", "bos_token": "<|endoftext|>"}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "added_tokens_decoder": added, **names}
     ours = _agree(_write(tmp_path, tokenizer_config=config))
-    assert (ours.vocab_size, ours.eos_id, ours.bos_id) == (801, 800, 0)
+    assert (ours.vocab_size, ours.eos_id, ours.bos_token_id, ours.bos_id) == (801, 800, 0, None)

@@ -157,4 +157,6 @@ def tensor_name(row: str) -> str:
 def lost(config: Mapping[str, Any], read_back: Mapping[str, Any]) -> list[str]:
     """Keys of a ``config.json`` that would change the computation and that GGUF did not keep."""
     keys = (config.keys() | read_back.keys()) - _TRAINING_ONLY
+    if rope.divide_alike(config, read_back):
+        keys -= {"rope_parameters", "rope_scaling"}
     return sorted(key for key in keys if config.get(key) != read_back.get(key))

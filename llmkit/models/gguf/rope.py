@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from llmkit.errors import CheckpointError
@@ -28,7 +29,9 @@ _SETTINGS = {  # in GGUF after rope.scaling.
 }
 _TYPES = {"none": (), "linear": ("factor",), "yarn": tuple(_SETTINGS)}
 KEYS = ("rope.scaling.type", "rope.scaling.finetuned", _OLD_LINEAR, *(f"rope.scaling.{key}" for key in _SETTINGS))
-_PUBLISHED = (8192, 1.0, 4.0)  # Llama 3.1 to 3.3: the trained length, low_freq_factor, high_freq_factor
+_Settings = tuple[int, float, float]
+_PUBLISHED: _Settings = (8192, 1.0, 4.0)  # Llama 3.1 to 3.3: the trained length, low_freq_factor, high_freq_factor
+_ROUNDING = 1e-5  # of shares that were kept as fp32 divisors
 
 
 def read(file: GGUFFile, architecture: str, divisors: NDArray[np.float32] | None) -> dict[str, Any]:
@@ -74,6 +77,17 @@ def divisors(config: Mapping[str, Any]) -> NDArray[np.float32] | None:
     return numpy.array(_llama3(waves, scaling["factor"], [scaling[name] for name in names]), numpy.float32)
 
 
+def divide_alike(config: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two ``config.json`` with Llama 3's scaling divide all frequencies alike: other settings may do so too."""
+    import numpy
+
+    found = [divisors(config), divisors(other)]
+    if found[0] is None and found[1] is None:
+        return False
+    a, b = (numpy.ones(1, numpy.float32) if values is None else values for values in found)
+    return numpy.allclose(a, b, rtol=1e-5)
+
+
 def _wavelengths(n: int, theta: float) -> list[float]:
     return [2 * math.pi * theta ** (i / n) for i in range(n)]
 
@@ -92,23 +106,44 @@ def _read_llama3(found: NDArray[np.float32], theta: float, where: str) -> dict[s
     if factor <= 1:
         return {"rope_type": "default"}
     waves = _wavelengths(len(found), theta)
-    for settings in (_PUBLISHED, _fitted(waves, found, factor)):
-        if settings and numpy.allclose(found, _llama3(waves, factor, settings), rtol=1e-5):
+    candidates = (_PUBLISHED, *_fitted(waves, found, factor))
+    for tolerance, settings in product((1e-6, 1e-5), candidates):  # the nearest first
+        if numpy.allclose(found, _llama3(waves, factor, settings), rtol=tolerance):
             length, low, high = settings
             named = {"original_max_position_embeddings": length, "low_freq_factor": low, "high_freq_factor": high}
             return {"rope_type": "llama3", "factor": round(factor, 6), **named}
     raise CheckpointError("the divisors of the rotary frequencies are not those of Llama 3", where=where)
 
 
-def _fitted(waves: Sequence[float], found: NDArray[np.float32], factor: float) -> tuple[int, float, float] | None:
-    """The settings with a ``low_freq_factor`` of 1, which decide as much as any: shares are linear in 1 / wave."""
+def _fitted(waves: Sequence[float], found: NDArray[np.float32], factor: float) -> list[_Settings]:
+    """Settings with a ``low_freq_factor`` of 1, or near it, which decide as much as any: shares are a line in 1 / wave.
+
+    First in round numbers, then as exact as the divisors are.
+    """
+    slope, shift = _line(waves, found, factor)
+    if not (slope > 0 > shift):
+        return []
+    length = max(round(slope / -shift), 1)
+    low = -shift / slope * length
+    return [(length, 1.0, round(1 - 1 / shift, 3)), (length, low, low + length / slope)]
+
+
+def _line(waves: Sequence[float], found: NDArray[np.float32], factor: float) -> tuple[float, float]:
+    """Slope and shift. Small heads have few waves between the long ones, share 0, and the short ones, share 1: with
+    fewer than two of them several lines give the same shares, and this is the flattest."""
     import numpy
 
+    rates = 1 / numpy.array(waves)
     shares = (1 / found.astype(numpy.float64) - 1 / factor) / (1 - 1 / factor)
-    between = (shares > 1e-3) & (shares < 1 - 1e-3)
-    if between.sum() < 2:
-        return None
-    slope, shift = numpy.polyfit(1 / numpy.array(waves)[between], shares[between], 1)
-    if not (slope > 0 > shift):
-        return None
-    return round(slope / -shift), 1.0, round(1 - 1 / shift, 3)
+    is_long, is_short = shares <= _ROUNDING, shares >= 1 - _ROUNDING
+    between = ~is_long & ~is_short
+    if between.sum() >= 2:
+        slope, shift = numpy.polyfit(rates[between], shares[between], 1)
+        return float(slope), float(shift)
+    last = float(rates[is_long].max())  # there is one: the factor is the largest divisor
+    first = float(rates[is_short].min(initial=2 * float(rates.max())))
+    if not between.any():
+        return 1 / (first - last), -last / (first - last)
+    rate, share = float(rates[between][0]), float(shares[between][0])
+    slope = max(share / (rate - last), (1 - share) / (first - rate))
+    return slope, share - slope * rate

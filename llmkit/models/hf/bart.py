@@ -7,21 +7,12 @@ from typing import Any
 
 from llmkit.interfaces import ModelConfig
 from llmkit.models.encoder_decoder_config import EncoderDecoderConfig
+from llmkit.models.hf import activations
 from llmkit.models.hf.bert import BOTH
-from llmkit.models.hf.family import Family, Keys, one_dropout
+from llmkit.models.hf.family import Family, Keys, warn_once
 from llmkit.models.hf.rows import Row, Stack, stacked_rows
 from llmkit.models.hf.t5 import start_id, start_key
 
-ACTIVATIONS = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "silu": "silu",
-    "swish": "silu",
-}
-NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-DROPOUTS = ("dropout", "attention_dropout")
 NORM_EPS = 1e-5  # the architecture has no other
 ROWS_BEFORE = 2  # of a position table
 
@@ -42,7 +33,7 @@ def is_bart_like(config: EncoderDecoderConfig) -> bool:
     norms = config.norm == "layernorm" and config.norm_position == "post" and config.norm_eps == NORM_EPS
     scales = config.scale_attention and not config.scale_logits and config.tie_embeddings
     sizes = config.n_heads * config.head_width == config.d_model
-    return norms and scales and sizes and config.activation in NAMES
+    return norms and scales and sizes and not config.gated
 
 
 def write(config: EncoderDecoderConfig) -> dict[str, Any]:
@@ -56,9 +47,9 @@ def write(config: EncoderDecoderConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_seq_len,
         "d_model": config.d_model,
         **sizes,
-        "activation_function": NAMES[config.activation],
+        "activation_function": activations.PLAIN_NAMES[config.activation],
         "dropout": config.dropout,
-        "attention_dropout": config.dropout,
+        "attention_dropout": config.weights_dropout,
         "activation_dropout": 0.0,
         "init_std": 0.02 if config.init_std is None else config.init_std,
         "scale_embedding": config.scale_embedding,
@@ -83,6 +74,9 @@ def read_bart_like(keys: Keys, position: Any, *, embedding_norm: bool) -> Encode
     width = keys.integer("encoder_ffn_dim", 4096)
     for name, value in (("decoder_attention_heads", n_heads), ("decoder_ffn_dim", width)):
         keys.expect(name, value)
+    dropout, attention_dropout = keys.number("dropout", 0.1), keys.number("attention_dropout", 0.0)
+    if inner := keys.number("activation_dropout", 0.0):
+        warn_once(f"{keys.where}: activation_dropout is {inner}; llmkit has none inside of feed-forward layers")
     return EncoderDecoderConfig(
         vocab_size=keys.integer("vocab_size"),
         max_seq_len=keys.integer("max_position_embeddings", 1024),
@@ -97,7 +91,7 @@ def read_bart_like(keys: Keys, position: Any, *, embedding_norm: bool) -> Encode
         norm_eps=NORM_EPS,
         norm_position="post",
         embedding_norm=embedding_norm,
-        activation=keys.choice("activation_function", "gelu", ACTIVATIONS),
+        activation=keys.choice("activation_function", "gelu", activations.PLAIN),
         position=position,
         n_position_buckets=None,
         max_position_distance=None,
@@ -107,7 +101,8 @@ def read_bart_like(keys: Keys, position: Any, *, embedding_norm: bool) -> Encode
         attention_bias=True,
         mlp_bias=True,
         head_bias=True,
-        dropout=one_dropout(keys, DROPOUTS, 0.1),
+        dropout=dropout,
+        attention_dropout=None if attention_dropout == dropout else attention_dropout,
         tie_embeddings=True,
         init_std=keys.number("init_std", 0.02),
         start_id=start_id(keys),

@@ -21,6 +21,7 @@ PLAIN: dict[str, Any] = {
     "rope_scaling": None,
     "attention_windows": None,
     "qk_norm": None,
+    "scale_attention_by_layer": False,
     "attention_softcap": None,
     "logit_softcap": None,
     "scale_embedding": False,

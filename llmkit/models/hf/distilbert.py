@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from llmkit.models.encoder_config import EncoderConfig
-from llmkit.models.hf.bert import ACTIVATIONS, BOTH, HEAD, OTHER_HEADS, is_post_norm, post_norm
+from llmkit.models.hf import activations
+from llmkit.models.hf.bert import BOTH, HEAD, OTHER_HEADS, is_post_norm, one_activation, post_norm
 from llmkit.models.hf.family import Family, Keys, one_dropout
 from llmkit.models.hf.rows import Row, Stack, stacked_rows
 
@@ -15,7 +16,7 @@ DROPOUTS = ("dropout", "attention_dropout")
 
 def fits(config: EncoderConfig) -> bool:
     plain = config.n_segments == 0 and not config.pooler and config.d_embedding is None
-    return is_post_norm(config) and plain and config.norm_eps == NORM_EPS
+    return is_post_norm(config) and one_activation(config) and plain and config.norm_eps == NORM_EPS
 
 
 def write(config: EncoderConfig) -> dict[str, Any]:
@@ -26,17 +27,16 @@ def write(config: EncoderConfig) -> dict[str, Any]:
         "n_layers": config.n_layers,
         "n_heads": config.n_heads,
         "hidden_dim": config.ff_width,
-        "activation": "gelu_new" if config.activation == "gelu_tanh" else "gelu",
+        "activation": activations.PLAIN_NAMES[config.activation],
         **dict.fromkeys(DROPOUTS, config.dropout),
         "sinusoidal_pos_embds": False,
         "initializer_range": config.init_std,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tie_embeddings,
     }
 
 
 def read(keys: Keys) -> EncoderConfig:
     """``sinusoidal_pos_embds`` says what the position table was before training; the file holds it either way."""
-    keys.expect("tie_word_embeddings", True)
     return post_norm(
         vocab_size=keys.integer("vocab_size"),
         max_seq_len=keys.integer("max_position_embeddings", 512),
@@ -46,10 +46,12 @@ def read(keys: Keys) -> EncoderConfig:
         n_heads=keys.integer("n_heads", 12),
         d_ff=keys.integer("hidden_dim", 3072),
         norm_eps=NORM_EPS,
-        activation=keys.choice("activation", "gelu", ACTIVATIONS),
+        activation=keys.choice("activation", "gelu", activations.PLAIN),
+        transform_activation=None,
         n_segments=0,
         pooler=False,
         dropout=one_dropout(keys, DROPOUTS, 0.1),
+        tie_embeddings=keys.flag("tie_word_embeddings", True),
         init_std=keys.number("initializer_range", 0.02),
     )
 
@@ -80,6 +82,7 @@ FAMILY = Family(
         Row("distilbert.embeddings.word_embeddings.weight", ("embedding.weight",)),
         Row("distilbert.embeddings.position_embeddings.weight", ("position_embedding.weight",)),
         *stacked_rows(OUTER_MODULES, kinds=BOTH),
+        Row("vocab_projector.weight", ("head.weight",)),
         Row("vocab_projector.bias", ("output_bias",)),
     ),
     stacks=(Stack("n_layers", stacked_rows(LAYER_MODULES, kinds=BOTH)),),

@@ -24,7 +24,7 @@ from llmkit.models.hf.rows import Row, stacked_rows
 
 def fits(config: EncoderConfig) -> bool:
     # the transform of transformers has the exact GELU whatever the blocks have
-    plain = config.n_segments > 0 and not config.pooler and config.activation == "gelu"
+    plain = config.n_segments > 0 and not config.pooler and config.transform_function == "gelu"
     return is_post_norm(config) and plain and config.d_embedding is not None
 
 
@@ -33,9 +33,8 @@ def write(config: EncoderConfig) -> dict[str, Any]:
 
 
 def read(keys: Keys) -> EncoderConfig:
-    activation = keys.choice("hidden_act", "gelu", {"gelu": "gelu"})
     max_seq_len, width = keys.integer("max_position_embeddings", 512), keys.integer("embedding_size", 128)
-    return read_bert_like(keys, activation, max_seq_len, pooler=False, d_embedding=width)
+    return read_bert_like(keys, max_seq_len, pooler=False, d_embedding=width, exact=True)
 
 
 MODULES = (
@@ -55,6 +54,7 @@ FAMILY = Family(
         *backbone_rows("electra."),
         Row("electra.embeddings.position_embeddings.weight", ("position_embedding.weight",)),
         *stacked_rows(MODULES, kinds=BOTH),
+        Row("generator_lm_head.weight", ("head.weight",)),
         Row("generator_lm_head.bias", ("output_bias",)),
     ),
     stacks=(block_rows("electra."),),

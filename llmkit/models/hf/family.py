@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from llmkit.errors import CheckpointError
@@ -34,7 +35,7 @@ class Family:
     zero_biases: bool = False  # the architecture always has biases: a model without them writes zeros
     own_names: bool = False  # every parameter under its own name; then there are no rows here
     copies: Mapping[str, str] = field(default_factory=dict)  # tensors that some files repeat -> the row they equal
-    ties_absent: bool = False  # a row named in ``copies`` that a file lacks is filled with what it would repeat
+    ties_absent: tuple[str, ...] = ()  # rows named in ``copies`` that are filled with what they would repeat if absent
     old_endings: Mapping[str, str] = field(default_factory=dict)  # of tensors in the first files -> what they are now
     for_padding: Callable[[int | None], Family] | None = None  # the same family for a pad id, where that changes it
 
@@ -117,8 +118,15 @@ class Keys:
 
 
 def one_dropout(keys: Keys, names: Sequence[str], default: float) -> float:
-    """llmkit has one probability for all places."""
-    values = {name: keys.number(name, default) for name in names}
-    if len(set(values.values())) > 1:
-        log.warning("%s: %s; all places will use the first", keys.where, values)
-    return values[names[0]]
+    """The first of several probabilities, for llmkit has one for all places; a file that says another is named once."""
+    first = keys.number(names[0], default)
+    said = {names[0]: first} | {name: keys.number(name) for name in names if name in keys.raw}
+    if len(set(said.values())) > 1:
+        warn_once(f"{keys.where}: {said}; all places will use the first")
+    return first
+
+
+@cache
+def warn_once(what: str) -> None:
+    """Opening a model reads its configuration more than once."""
+    log.warning(what)

@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from llmkit.models.config import DecoderConfig
+from llmkit.models.hf import activations
 from llmkit.models.hf.decoder_keys import PLAIN, is_plain
 from llmkit.models.hf.family import Family, Keys, one_dropout
 from llmkit.models.hf.rows import Row, Stack
 
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-NAMES = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu"}
 DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 
 
 def fits(config: DecoderConfig) -> bool:
     plain_heads = config.kv_heads == config.n_heads and config.head_width * config.n_heads == config.d_model
-    plain_parts = config.norm == "layernorm" and config.activation in NAMES
-    return config.position == "learned" and plain_heads and plain_parts and is_plain(config)
+    plain_parts = config.norm == "layernorm" and not config.gated
+    scale = config.attention_scale_dim in (None, config.head_width, 1)  # 1: scores are not divided at all
+    plain = is_plain(config, "attention_scale_dim", "scale_attention_by_layer")
+    return config.position == "learned" and plain_heads and plain_parts and scale and plain
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
@@ -29,7 +30,9 @@ def write(config: DecoderConfig) -> dict[str, Any]:
         "n_layer": config.n_layers,
         "n_head": config.n_heads,
         "n_inner": config.ff_width,
-        "activation_function": NAMES[config.activation],
+        "activation_function": activations.PLAIN_NAMES[config.activation],
+        "scale_attn_weights": config.attention_scale_dim != 1,
+        "scale_attn_by_inverse_layer_idx": config.scale_attention_by_layer,
         **dict.fromkeys(DROPOUTS, config.dropout),
         "layer_norm_epsilon": config.norm_eps,
         "initializer_range": config.init_std,
@@ -38,12 +41,11 @@ def write(config: DecoderConfig) -> dict[str, Any]:
 
 
 def read(keys: Keys) -> DecoderConfig:
-    keys.expect("scale_attn_weights", True)
-    keys.expect("scale_attn_by_inverse_layer_idx", False)
+    """``reorder_and_upcast_attn`` is not read: it changes the order of the same operations."""
     keys.expect("add_cross_attention", False)
     width = keys.integer("n_embd")
     return DecoderConfig(
-        **PLAIN,
+        **{**PLAIN, "scale_attention_by_layer": keys.flag("scale_attn_by_inverse_layer_idx", False)},
         vocab_size=keys.integer("vocab_size"),
         max_seq_len=keys.integer("n_positions", 1024),
         d_model=width,
@@ -55,12 +57,12 @@ def read(keys: Keys) -> DecoderConfig:
         norm="layernorm",
         norm_bias=True,
         norm_eps=keys.number("layer_norm_epsilon", 1e-5),
-        activation=keys.choice("activation_function", "gelu_new", ACTIVATIONS),
+        activation=keys.choice("activation_function", "gelu_new", activations.PLAIN),
         position="learned",
         rope_theta=None,
         attention_bias=True,
         attention_out_bias=True,
-        attention_scale_dim=None,
+        attention_scale_dim=None if keys.flag("scale_attn_weights", True) else 1,
         mlp_bias=True,
         dropout=one_dropout(keys, DROPOUTS, 0.1),
         tie_embeddings=keys.flag("tie_word_embeddings", True),

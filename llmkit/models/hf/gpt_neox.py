@@ -8,18 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from llmkit.models.config import DecoderConfig
+from llmkit.models.hf import activations
 from llmkit.models.hf.decoder_keys import PLAIN, is_plain, read_rotary, write_rotary
 from llmkit.models.hf.family import Family, Keys, one_dropout
 from llmkit.models.hf.rows import Row, Stack, stacked_rows
 
-ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-NAMES = {"gelu": "gelu", "gelu_tanh": "gelu_new", "relu": "relu"}
 DROPOUTS = ("hidden_dropout", "attention_dropout")
 BOTH = ("weight", "bias")
 
@@ -28,7 +21,7 @@ def fits(config: DecoderConfig) -> bool:
     plain = is_plain(config, "rope_scaling", "rotary_fraction", "parallel_residual") and config.position == "rotary"
     heads = config.kv_heads == config.n_heads and config.head_width * config.n_heads == config.d_model
     biases = config.norm_bias and config.mlp_bias and config.attention_bias == config.attention_out_bias
-    return plain and heads and biases and config.norm == "layernorm" and config.activation in NAMES
+    return plain and heads and biases and config.norm == "layernorm" and not config.gated
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
@@ -38,7 +31,7 @@ def write(config: DecoderConfig) -> dict[str, Any]:
         "intermediate_size": config.ff_width,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
-        "hidden_act": NAMES[config.activation],
+        "hidden_act": activations.PLAIN_NAMES[config.activation],
         "layer_norm_eps": config.norm_eps,
         "use_parallel_residual": config.parallel_residual,
         **_write_rotary(config),
@@ -73,7 +66,7 @@ def read(keys: Keys) -> DecoderConfig:
         norm="layernorm",
         norm_bias=True,
         norm_eps=keys.number("layer_norm_eps", 1e-5),
-        activation=keys.choice("hidden_act", "gelu", ACTIVATIONS),
+        activation=keys.choice("hidden_act", "gelu", activations.PLAIN),
         attention_bias=keys.flag("attention_bias", True),
         attention_out_bias=keys.flag("attention_bias", True),
         attention_scale_dim=None,

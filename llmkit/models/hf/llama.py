@@ -6,18 +6,11 @@ from dataclasses import replace
 from typing import Any
 
 from llmkit.models.config import DecoderConfig
+from llmkit.models.hf.activations import GATE_NAMES, GATES
 from llmkit.models.hf.decoder_keys import PLAIN, is_plain, read_rotary, write_rotary
 from llmkit.models.hf.family import Family, Keys
 from llmkit.models.hf.rows import Row, Stack, stacked_rows
 
-ACTIVATIONS = {
-    "silu": "swiglu",
-    "swish": "swiglu",
-    "gelu": "geglu",
-    "gelu_pytorch_tanh": "geglu_tanh",
-    "gelu_new": "geglu_tanh",
-}
-NAMES = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_pytorch_tanh"}
 BOTH = ("weight", "bias")
 IGNORED = (".rotary_emb.inv_freq",)
 
@@ -87,7 +80,7 @@ def write_llama_like(config: DecoderConfig, activation: str = "hidden_act") -> d
         "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_width,
-        activation: NAMES[config.activation],
+        activation: GATE_NAMES[config.activation],
         "rms_norm_eps": config.norm_eps,
         **write_rotary(config),
         "attention_dropout": config.dropout,
@@ -123,7 +116,7 @@ def read_llama_like(
         norm="rmsnorm",
         norm_bias=False,
         norm_eps=keys.number("rms_norm_eps", 1e-6),
-        activation=keys.choice(activation, "silu", ACTIVATIONS),
+        activation=keys.choice(activation, "silu", GATES),
         attention_bias=False,
         attention_out_bias=False,
         attention_scale_dim=None,

@@ -16,8 +16,9 @@ from llmkit.models.head_config import HeadConfig
 from llmkit.models.hf import own
 from llmkit.models.hf.families import family_named
 from llmkit.models.hf.family import Family, Keys
+from llmkit.models.hf.generation_file import take_generation
 from llmkit.models.hf.rows import Row, fill
-from llmkit.models.hf.task_heads import LEFT_ASIDE, HeadTable, is_output_layer, read_head, shape_in, table_of
+from llmkit.models.hf.task_heads import LEFT_ASIDE, HeadTable, head_kind, is_output_layer, read_head, shape_in, table_of
 from llmkit.models.hf.weight_files import (
     MAX_GROWTH,
     MAX_LAYERS,
@@ -111,7 +112,7 @@ def _load_by_tables(
     rows = _rows(config, family, found, [name for name, _ in model.named_parameters()])
     tensors = _without_other_heads(stored, rows, family, folder)
     copies = _pop_copies(tensors, rows, family)
-    new = _check_names(tensors, rows, family, folder, with_head=found is not None)
+    new = _check_names(tensors, rows, family, folder, with_head=head_kind(keys) is not None)
     model = _allocated(model, device, folder)
     state = dict(model.named_parameters())
     with torch.no_grad():
@@ -121,6 +122,7 @@ def _load_by_tables(
         _check_copies(copies)
         _init_head(new, state, config, seed, folder, used=not wanted and found is None)
     _settle_head(model)
+    take_generation(model, folder)
     return model, tensors, family
 
 
@@ -234,7 +236,7 @@ def _check_size(config: ModelConfig, tensors: Mapping[str, Stored], folder: Path
 def _pop_copies(tensors: dict[str, Stored], rows: list[Row], family: Family) -> list[tuple[Stored, Stored]]:
     """Take out the tensors that repeat others; (copy, original) each. A copy stands in for an original not there.
 
-    With ``ties_absent`` an original stands in for a row not there too.
+    For a row in ``ties_absent`` that is not there its original stands in too.
     """
     own_rows = {row.name for row in rows}
     found = []
@@ -242,7 +244,7 @@ def _pop_copies(tensors: dict[str, Stored], rows: list[Row], family: Family) -> 
         if copy in tensors and copy not in own_rows:
             found.append((tensors.pop(copy), original))
             tensors.setdefault(original, found[-1][0])
-        elif family.ties_absent and copy in own_rows and original in tensors:
+        elif copy in family.ties_absent and copy in own_rows and original in tensors:
             tensors.setdefault(copy, tensors[original])
     return [(copy, tensors[original]) for copy, original in found]
 
@@ -250,8 +252,8 @@ def _pop_copies(tensors: dict[str, Stored], rows: list[Row], family: Family) -> 
 def _check_names(
     tensors: Mapping[str, Stored], rows: list[Row], family: Family, folder: Path, *, with_head: bool
 ) -> list[Row]:
-    """The rows of output layers that the files lack: all of a family's head, or, with a task head, any that it does
-    not read. Raises for other missing tensors and for unknown ones.
+    """The rows of output layers that the files lack: all of a family's head, or, in the files of a task head, any
+    that it does not read. Raises for other missing tensors and for unknown ones.
     """
     lacking = [row for row in rows if row.name not in tensors]
     head = [row for row in rows if all(part.startswith(family.heads) for part in row.parts)]

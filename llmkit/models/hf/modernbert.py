@@ -5,18 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from llmkit.models.encoder_config import EncoderConfig
+from llmkit.models.hf import activations
 from llmkit.models.hf.bert import BOTH, HEAD, OTHER_HEADS
 from llmkit.models.hf.family import Family, Keys, one_dropout
 from llmkit.models.hf.rows import Row, Stack, stacked_rows
 
-ACTIVATIONS = {"gelu": "geglu", "silu": "swiglu"}
 DROPOUTS = ("attention_dropout", "embedding_dropout", "mlp_dropout")
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
 
 
 def fits(config: EncoderConfig) -> bool:
     plain = not config.n_segments and not config.pooler and not config.share_layers and config.d_embedding is None
-    return plain and config.norm_position == "pre" and config.position == "rotary" and config.gated
+    gated = config.gated and config.transform_function == "gelu"
+    return plain and config.norm_position == "pre" and config.position == "rotary" and gated
 
 
 def write(config: EncoderConfig) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def write(config: EncoderConfig) -> dict[str, Any]:
         "intermediate_size": config.ff_width,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
-        "hidden_activation": "silu" if config.activation == "swiglu" else "gelu",
+        "hidden_activation": activations.GATE_NAMES[config.activation],
         "norm_eps": config.norm_eps,
         "norm_bias": config.norm_bias,
         "layer_types": [GLOBAL if config.is_global(layer) else LOCAL for layer in range(config.n_layers)],
@@ -70,7 +71,7 @@ def read(keys: Keys) -> EncoderConfig:
         norm_position="pre",
         norm_bias=keys.flag("norm_bias", False),
         norm_eps=keys.number("norm_eps", 1e-5),
-        activation=keys.choice("hidden_activation", "gelu", ACTIVATIONS),
+        activation=keys.choice("hidden_activation", "gelu", activations.GATES),
         position="rotary",
         rope_theta=_theta(keys, GLOBAL, "global_rope_theta", 160_000.0),
         local_rope_theta=_theta(keys, LOCAL, "local_rope_theta", 10_000.0) if is_local else None,
@@ -79,6 +80,7 @@ def read(keys: Keys) -> EncoderConfig:
         n_segments=0,
         attention_bias=keys.flag("attention_bias", False),
         mlp_bias=keys.flag("mlp_bias", False),
+        transform_activation=None,
         transform_bias=keys.flag("classifier_bias", False),
         head_bias=keys.flag("decoder_bias", True),
         pooler=False,
@@ -158,6 +160,6 @@ FAMILY = Family(
     copies={"decoder.weight": "model.embeddings.tok_embeddings.weight"},
     prefix="model.",
     unprefixed=("head.", "decoder."),
-    heads=(*HEAD, "head."),
+    heads=HEAD,
     left_aside=OTHER_HEADS,
 )

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from llmkit.models.hf.family import Family, Keys
 
 KEY = "llmkit"
+LATER = {"scale_attention_by_layer": False, "transform_activation": None, "attention_dropout": None}  # not in old files
 
 
 def as_key(config: Any) -> dict[str, Any]:
@@ -18,7 +19,8 @@ def as_key(config: Any) -> dict[str, Any]:
 
 
 def read(keys: Keys, kind: type) -> Any:
-    """A config of the class ``kind`` from the ``llmkit`` key: every field once, each of its type.
+    """A config of the class ``kind`` from the ``llmkit`` key: every field once, each of its type. Fields that old
+    files do not have are as those models were.
 
     Raises ``CheckpointError``.
     """
@@ -26,6 +28,7 @@ def read(keys: Keys, kind: type) -> Any:
     if not isinstance(raw, dict):
         raise keys.error(KEY, "must be an object")
     expected = {field.name for field in fields(kind)}
+    raw = {name: value for name, value in LATER.items() if name in expected} | raw
     for name in sorted(expected ^ raw.keys()):
         raise keys.error(
             f"{KEY}.{name}", "is missing" if name in expected else "is unknown: written by a newer llmkit?"

@@ -1,7 +1,7 @@
-"""RoBERTa: BERT with one segment and no pooler. It counts positions from ``pad_token_id`` + 1.
+"""RoBERTa: BERT with one segment (rarely two), no pooler, and the exact GELU before the output matrix.
 
-So many rows of its position table are of no use: the file has them before ours, and ``max_position_embeddings`` counts
-them too. They depend on the pad id; the published models have 1.
+It counts positions from ``pad_token_id`` + 1. So many rows of its position table are of no use: the file has them
+before ours, and ``max_position_embeddings`` counts them too. They depend on the pad id; the published models have 1.
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from llmkit.models.hf.bert import (
     BOTH,
     HEAD,
     OTHER_HEADS,
+    UntiedBiasFamily,
     backbone_rows,
     block_rows,
     is_bert_like,
+    one_activation,
     read_bert_like,
+    untied_rows,
     write_bert_like,
 )
 from llmkit.models.hf.family import Family, Keys
@@ -27,8 +30,9 @@ PUBLISHED_PAD_ID = 1
 
 
 def fits(config: EncoderConfig) -> bool:
-    # the transform of transformers has the exact GELU whatever the blocks have
-    return is_bert_like(config) and not config.pooler and config.n_segments == 1 and config.activation == "gelu"
+    """Two segments are left to BERT where it computes the same."""
+    simple = config.n_segments == 1 or not one_activation(config)
+    return is_bert_like(config) and not config.pooler and simple and config.transform_function == "gelu"
 
 
 def write(pad_id: int, config: EncoderConfig) -> dict[str, Any]:
@@ -37,10 +41,8 @@ def write(pad_id: int, config: EncoderConfig) -> dict[str, Any]:
 
 
 def read(pad_id: int, keys: Keys) -> EncoderConfig:
-    keys.expect("type_vocab_size", 1)
-    activation = keys.choice("hidden_act", "gelu", {"gelu": "gelu"})
     max_seq_len = keys.integer("max_position_embeddings", 512) - pad_id - 1
-    return read_bert_like(keys, activation, max_seq_len, pooler=False)
+    return read_bert_like(keys, max_seq_len, pooler=False, exact=True)
 
 
 def family(pad_id: int | None) -> Family:
@@ -48,7 +50,7 @@ def family(pad_id: int | None) -> Family:
     pad_id = PUBLISHED_PAD_ID if pad_id is None else pad_id
     positions = Row("roberta.embeddings.position_embeddings.weight", ("position_embedding.weight",), before=pad_id + 1)
     heads = (("lm_head.dense", "transform.dense"), ("lm_head.layer_norm", "transform.norm"))
-    return Family(
+    return UntiedBiasFamily(
         model_types=("roberta", "xlm-roberta", "camembert"),  # the others are the same with other vocabularies
         architecture="RobertaForMaskedLM",
         config=EncoderConfig,
@@ -59,13 +61,14 @@ def family(pad_id: int | None) -> Family:
             *backbone_rows("roberta."),
             positions,
             *stacked_rows(heads, kinds=BOTH),
-            Row("lm_head.bias", ("output_bias",)),
+            *untied_rows("lm_head.bias", "lm_head.decoder"),
         ),
         stacks=(block_rows("roberta."),),
         copies={
             "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
             "lm_head.decoder.bias": "lm_head.bias",
         },
+        ties_absent=("lm_head.decoder.bias",),
         prefix="roberta.",
         ignored=(".position_ids",),
         heads=HEAD,

@@ -13,6 +13,7 @@ from llmkit.interfaces import ModelConfig
 from llmkit.models.hf import own
 from llmkit.models.hf.families import family_of
 from llmkit.models.hf.family import Family
+from llmkit.models.hf.generation_file import GENERATION_FILE, generation_settings
 from llmkit.models.hf.rows import Row, export
 from llmkit.models.hf.task_heads import is_output_layer, saved_as, write_head
 from llmkit.models.hf.weight_files import INDEX, Layout, kind_of, write_tensors
@@ -38,7 +39,8 @@ def save_model(
 ) -> None:
     """Write config, weights and generation config into ``folder`` (made if absent; weights in it are replaced).
 
-    Weights keep their type. A tied head is left out, and so are the output layers that a task head does not read where
+    The last one keeps the end tokens and the sampling settings of the folder that the model came from. Weights keep
+    their type. A tied head is left out, and so are the output layers that a task head does not read where
     its class in transformers has none. Above ``max_shard_bytes`` there are shards. Only one tensor is copied at a time.
     Raises ``CheckpointError`` when the disk refuses, and for a model with adapters, which no name in the files is for.
     """
@@ -72,9 +74,7 @@ def save_model(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_json(folder / "config.json", {**ids, **_config(model, architecture, family), **answer})
-        _write_json(
-            folder / "generation_config.json", {name: value for name, value in ids.items() if value is not None}
-        )
+        _write_json(folder / GENERATION_FILE, generation_settings(model, ids))
         _write_weights(rows, state, folder, max_shard_bytes)
     except OSError as error:
         raise CheckpointError(f"the model could not be written: {error}", where=str(folder)) from error

@@ -11,20 +11,21 @@ from typing import Any
 
 from llmkit.interfaces import ModelConfig
 from llmkit.models.encoder_decoder_config import EncoderDecoderConfig
+from llmkit.models.hf.activations import GATE_NAMES, GATES, PLAIN, PLAIN_NAMES
 from llmkit.models.hf.family import Family, Keys
 from llmkit.models.hf.rows import Row, Stack, stacked_rows
 
 ACTIVATIONS = {
-    "relu": "relu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "silu": "silu",
-    "gated-relu": "reglu",
+    **PLAIN,
+    **{f"gated-{word}": ours for word, ours in GATES.items()},
     "gated-gelu": "geglu_tanh",  # published under this name with the approximation by tanh
-    "gated-gelu_new": "geglu_tanh",
-    "gated-silu": "swiglu",
 }
-NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
+NAMES = {
+    **PLAIN_NAMES,
+    **{ours: f"gated-{word}" for ours, word in GATE_NAMES.items()},
+    "geglu": "gated-gelu_python",
+    "geglu_tanh": "gated-gelu",
+}
 
 
 class T5Family(Family):
@@ -38,7 +39,9 @@ def fits(config: EncoderDecoderConfig) -> bool:
     biases = config.attention_bias or config.mlp_bias or config.head_bias
     norms = config.norm == "rmsnorm" and config.norm_position == "pre" and not config.embedding_norm
     scales = not config.scale_embedding and not config.scale_attention and config.scale_logits == config.tie_embeddings
-    return norms and scales and not biases and config.position == "relative" and config.activation in NAMES
+    return (
+        norms and scales and not biases and config.position == "relative" and config.weights_dropout == config.dropout
+    )
 
 
 def write(config: EncoderDecoderConfig) -> dict[str, Any]:
@@ -113,6 +116,7 @@ def read_sizes(keys: Keys, *, tied: bool) -> EncoderDecoderConfig:
         mlp_bias=False,
         head_bias=False,
         dropout=keys.number("dropout_rate", 0.1),
+        attention_dropout=None,
         tie_embeddings=tied,
         init_std=None,
         start_id=start_id(keys),
@@ -154,7 +158,7 @@ FAMILY = T5Family(
     stacks=(_block("encoder", ATTENTION, MLP), _block("decoder", ATTENTION, CROSS_ATTENTION, MLP)),
     copies={f"{name}.weight": "shared.weight" for name in ("encoder.embed_tokens", "decoder.embed_tokens", "lm_head")},
     ignored=(".EncDecAttention.relative_attention_bias.weight",),  # of old files; nothing uses it
-    ties_absent=True,  # transformers 5 makes models of v1.1 whose head is the embedding
+    ties_absent=("lm_head.weight",),  # transformers 5 makes models of v1.1 whose head is the embedding
     left_aside=("qa_outputs.",),
 )
 MT5_FAMILY = replace(

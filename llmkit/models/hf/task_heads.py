@@ -171,7 +171,7 @@ def read_head(keys: Keys, family: Family, config: ModelConfig) -> tuple[HeadConf
     """The head that ``architectures`` names, and its table (None: own format). None without a head that is computed
     here; one that is computed otherwise (regression, several labels at once, other pooling) is named and left aside.
     """
-    kind = _kind(keys)
+    kind = head_kind(keys)
     if kind is None:
         return None
     table = table_of(family, kind)
@@ -190,7 +190,8 @@ def read_head(keys: Keys, family: Family, config: ModelConfig) -> tuple[HeadConf
     return head, table
 
 
-def _kind(keys: Keys) -> Kind | None:
+def head_kind(keys: Keys) -> Kind | None:
+    """Of the head that ``architectures`` names, computed here or not."""
     names = keys.raw.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     return next((kind for ending, kind in ENDINGS.items() if name.endswith(ending)), None)

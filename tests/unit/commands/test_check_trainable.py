@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmkit.commands.training import check_trainable
+from llmkit.commands import finetuning
+from llmkit.commands.training import check_trainable, load_text
 from llmkit.config.build import build
 from llmkit.errors import ConfigError
+from llmkit.models.hf import save_model
 from tests.unit.config.helpers import checked
+from tests.unit.models.tiny import built, llama
 
 
 @pytest.mark.parametrize(
@@ -45,3 +49,35 @@ def test_what_fits_is_let_through() -> None:
     for recipe in ("gpt_tiny", "bert_tiny", "roberta_tiny", "t5_tiny", "lstm_tiny"):
         cfg = checked(f"recipe={recipe}")
         check_trainable(build(cfg.objective), build(cfg.model))
+
+
+@pytest.mark.parametrize(
+    ("change", "where", "fix"),
+    [
+        ("objective=masked_lm", "objective", "objective=causal_lm|fill_in_the_middle fits the model"),
+        ("data.seq_len=33", "data.seq_len", "set data.seq_len to 32 or less"),
+    ],
+)
+def test_a_model_that_is_opened_is_checked_before_any_text_is_read(
+    change: str, where: str, fix: str, tmp_path: Path
+) -> None:
+    """There is no text, and no tokenizer either, of which the errors would be others."""
+    save_model(built(llama(max_seq_len=32)), tmp_path)
+    cfg = checked("recipe=gpt_tiny", f"init={tmp_path}", f"data.path={tmp_path / 'none.txt'}", change)
+    with pytest.raises(ConfigError) as caught:
+        load_text(cfg, progress=False)
+    assert (caught.value.where, caught.value.fix) == (where, fix)
+
+
+def test_rows_that_are_longer_than_the_model_takes_are_refused_before_any_is_read(tmp_path: Path) -> None:
+    save_model(built(llama(max_seq_len=32)), tmp_path)
+    cfg = checked(
+        "task=sentiment",
+        f"init={tmp_path}",
+        f"data.path={tmp_path / 'none.csv'}",
+        "data.seq_len=33",
+        command="finetune",
+    )
+    with pytest.raises(ConfigError, match="at most 32") as caught:
+        finetuning.make_trainer(cfg, tmp_path, None, lambda: False)  # type: ignore[arg-type]
+    assert caught.value.where == "data.seq_len"

@@ -180,3 +180,8 @@ def test_beams_need_no_temperature_and_take_none(overrides: list[str], wrong: li
 def test_several_texts_for_a_question_must_differ(overrides: list[str], wrong: str | None) -> None:
     line = ["init=runs/x", "task=code", "data.path=x.jsonl", "task.run_code=true", *overrides]
     assert list(problems(*line, command="evaluate_task")) == ([] if wrong is None else [wrong])
+
+
+def test_too_long_a_warm_up_comes_with_a_length_that_fits() -> None:
+    found = problems("recipe=gpt_tiny", "engine.max_steps=40", "schedule.warmup_steps=41")["schedule.warmup_steps"]
+    assert found.fix == "set schedule.warmup_steps=4, or let the run be longer"

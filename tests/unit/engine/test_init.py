@@ -4,13 +4,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import httpx
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
 from llmkit.engine.init import HUB_FILES, HUB_LEFT_OUT, resolve_init
-from llmkit.errors import CheckpointError, ConfigError, SetupError
+from llmkit.errors import CheckpointError, ConfigError, SetupError, Stopped
 from tests.faults.tiny import make_store, save
 
 
@@ -181,6 +182,10 @@ def _http(kind: type[Exception]) -> Exception:
         (_http(GatedRepoError), SetupError, "asks for permission"),
         (LocalEntryNotFoundError("no"), SetupError, "mien"),
         (ConnectionError("no"), SetupError, "mien"),
+        (_http(HfHubHTTPError), SetupError, "mien"),
+        (httpx.ConnectError("no route"), SetupError, "mien"),
+        (httpx.ReadTimeout("the read operation timed out"), SetupError, "mien"),
+        (RuntimeError(""), SetupError, "mien"),
     ],
 )
 def test_what_the_hub_answers(hub: dict[str, Any], answer: Exception, error: type[Exception], text: str) -> None:
@@ -189,6 +194,18 @@ def test_what_the_hub_answers(hub: dict[str, Any], answer: Exception, error: typ
         resolve_init("mien")
     if not isinstance(answer, GatedRepoError):
         assert f"did you mean init=runs{os.sep}mine?" in caught.value.fix  # type: ignore[attr-defined]
+
+
+def test_why_a_download_failed_is_said(hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    hub["answer"] = httpx.ReadTimeout("the read operation timed out\nmore")
+    with pytest.raises(SetupError, match="cannot be fetched: the read operation timed out\n") as caught:
+        resolve_init("owner/tiny")
+    assert "while online" in caught.value.fix
+    hub["answer"] = stop = Stopped("asked to stop")
+    with pytest.raises(Stopped) as stopped:
+        resolve_init("owner/tiny")
+    assert stopped.value is stop
 
 
 def test_a_name_the_hub_does_not_allow(work: Path) -> None:
@@ -217,3 +234,20 @@ def test_a_hub_model_of_gguf_files_only(
     hub["answer"] = work / "bare"
     with pytest.raises(ConfigError if listed else CheckpointError, match="gguf" if listed else "there are no weights"):
         resolve_init("owner/tiny")
+
+
+@pytest.mark.parametrize(("config", "named"), [('{"architectures": ["MarianMTModel"]}', "MarianMTModel"), ("{", "")])
+def test_a_hub_model_with_pickled_weights_only(
+    hub: dict[str, Any], work: Path, monkeypatch: pytest.MonkeyPatch, config: str, named: str
+) -> None:
+    """They are not fetched; the error says how to convert them."""
+    files = ["config.json", "pytorch_model.bin", "source.spm"]
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_, **__: files)
+    (work / "bare").mkdir()
+    (work / "bare" / "config.json").write_text(config)
+    hub["answer"] = work / "bare"
+    with pytest.raises(CheckpointError, match="llmkit reads safetensors only") as caught:
+        resolve_init("owner/tiny@v1")
+    call = f't.{named or "AutoModel"}.from_pretrained("owner/tiny", revision="v1").save_pretrained("converted")'
+    assert call in caught.value.fix
+    assert "owner/tiny@v1" in caught.value.where

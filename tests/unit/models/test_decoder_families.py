@@ -201,7 +201,7 @@ def test_gemma_3_has_two_thetas(keys: dict[str, Any], expected: tuple[Any, ...])
         ("phi3", {"rope_scaling": {"type": "longrope", "long_factor": []}}, "type is 'longrope'"),
         ("llama", {"sliding_window": 5}, "sliding_window is 5"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        ("gpt_neox", {"hidden_act": "silu"}, "hidden_act is 'silu'"),
+        ("gpt_neox", {"hidden_act": "tanh"}, "hidden_act is 'tanh'"),
     ],
 )
 def test_what_llmkit_does_not_compute_is_refused(model_type: str, keys: dict[str, Any], message: str) -> None:

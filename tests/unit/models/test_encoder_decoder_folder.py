@@ -101,6 +101,31 @@ def test_published_configs_are_read(tmp_path: Path) -> None:
     assert (config.embedding_norm, config.head_bias) == (False, True)
 
 
+@pytest.mark.parametrize("decoder_layers", [6, 3])
+def test_a_distilled_bart_has_fewer_decoder_layers(decoder_layers: int, tmp_path: Path) -> None:
+    sizes = {"d_model": 1024, "encoder_layers": 12, "decoder_layers": decoder_layers, "vocab_size": 50264}
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 16)
+    widths = dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 4096)
+    config = read(tmp_path, {**BART_BASE, **sizes, **heads, **widths, "extra_pos_embeddings": 2})
+    assert (config.n_layers, config.decoder_layers) == (12, decoder_layers)
+    assert config.problems() == []
+
+
+def test_a_dropout_is_said_once_if_it_is_not_carried_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The attention may have its own; there is none inside of feed-forward layers."""
+    save_model(built(bart()), tmp_path, eos_id=1, pad_id=0)
+    edit_json(tmp_path / "config.json", dropout=0.1, attention_dropout=0.0, activation_dropout=0.0, llmkit="left out")
+    model = load_model(tmp_path)
+    assert (model.config.dropout, model.config.attention_dropout) == (0.1, 0.0)
+    assert model.decoder.blocks[0].cross_attention.dropout == 0.0
+    save_model(model, tmp_path / "again", eos_id=1, pad_id=0)
+    assert load_config(tmp_path / "again") == model.config
+    assert caplog.text == ""
+    edit_json(tmp_path / "config.json", activation_dropout=0.2)
+    assert load_config(tmp_path) == load_model(tmp_path).config == model.config
+    assert caplog.text.count("activation_dropout is 0.2") == 1
+
+
 @pytest.mark.parametrize(
     ("content", "name"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,36 @@ def test_llama3_settings_are_found_again(length: int, factor: float, high: float
         file = GGUFFile(Path("x"), {"llama.rope.freq_base": 500000.0}, {})
         found = rope.read(file, "llama", divisors)
         assert {**found, "rope_theta": 500000.0} == rope_parameters
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_few_waves_leave_settings_that_divide_alike(seed: int) -> None:
+    """Heads of 2 to 16 with any settings: none, one or several waves between the long and the short ones."""
+    draw = random.Random(seed)
+    low, theta = draw.choice([0.5, 1.0, 3.0]), draw.choice([100.0, 10000.0, 500000.0])
+    parameters = {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": draw.choice([1.5, 2.0, 8.0]),
+        "original_max_position_embeddings": draw.choice([4, 16, 64, 8192, 10**6]),
+        "low_freq_factor": low,
+        "high_freq_factor": low * draw.choice([1.01, 2.0, 4.0, 30.0]),
+    }
+    content = {"rope_parameters": parameters, "head_dim": 2 * draw.randint(1, 8)}
+    file = GGUFFile(Path("x"), {"llama.rope.freq_base": theta}, {})
+    found = {**rope.read(file, "llama", rope.divisors(content)), "rope_theta": theta}
+    assert rope.divide_alike(content, {**content, "rope_parameters": found})
+
+
+@pytest.mark.parametrize("d_head", [2, 6, 16])
+@pytest.mark.parametrize("original", [8, 20, 4096])
+def test_small_llama3_models_keep_their_function(d_head: int, original: int, tmp_path: Path) -> None:
+    scaling = {**LLAMA3, "original_len": original, "low_freq_factor": 0.7, "high_freq_factor": 2.0}
+    model = written(llama(**WIDE, d_head=d_head, rope_scaling=scaling), tmp_path / "m.gguf")
+    ids = random_ids(model.config, 2, 32)
+    ours = logits(model, ids)
+    difference = logits(load_model(tmp_path / "m.gguf"), ids) - ours
+    assert float(difference.abs().max()) <= 1e-5 * float(ours.abs().max())
 
 
 def test_divisors_of_something_else() -> None:

@@ -285,7 +285,7 @@ def test_shards_stay_in_the_folder_and_must_be_there(tmp_path: Path) -> None:
         (lambda c: c.pop("num_hidden_layers"), "num_hidden_layers must be an integer, got None"),
         (lambda c: c.update(rms_norm_eps="x"), "rms_norm_eps must be a number"),
         (lambda c: c.update(tie_word_embeddings=1), "tie_word_embeddings must be true or false"),
-        (lambda c: c.update(hidden_act="relu"), "hidden_act is 'relu'; llmkit has silu, swish, gelu"),
+        (lambda c: c.update(hidden_act="tanh"), "hidden_act is 'tanh'; llmkit has gelu, gelu_python, gelu_new"),
         (lambda c: c.update(sliding_window=64), "sliding_window is 64"),
         (lambda c: c["rope_parameters"].update(rope_type="longrope"), "rope_type is 'longrope'"),
         (lambda c: c["rope_parameters"].update(rope_type="yarn"), "rope_scaling of type yarn needs factor"),
@@ -315,8 +315,8 @@ def test_a_config_that_cannot_be_computed_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(scale_attn_weights=False), "scale_attn_weights is False"),
-        (lambda c: c.update(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx"),
+        (lambda c: c.update(scale_attn_weights=None), "scale_attn_weights must be true or false"),
+        (lambda c: c.update(add_cross_attention=True), "add_cross_attention is True"),
         (lambda c: c.update(activation_function="tanh"), "activation_function is 'tanh'"),
     ],
 )

@@ -33,6 +33,16 @@ def test_every_config_survives_json(config: DecoderConfig) -> None:
     assert config.problems() == []
 
 
+def test_fields_that_came_later_are_as_they_were() -> None:
+    """Folders that llmkit wrote before are opened; fields of the first day must be there."""
+    keys = through_json(gpt2())
+    keys.raw[own.KEY].pop("scale_attention_by_layer")
+    assert own.read(keys, DecoderConfig) == gpt2()
+    keys.raw[own.KEY].pop("norm")
+    with pytest.raises(CheckpointError, match=r"llmkit\.norm is missing"):
+        own.read(keys, DecoderConfig)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [

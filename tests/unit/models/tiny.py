@@ -35,6 +35,7 @@ LLAMA: dict[str, Any] = {
     "attention_bias": False,
     "attention_out_bias": False,
     "attention_scale_dim": None,
+    "scale_attention_by_layer": False,
     "attention_softcap": None,
     "logit_softcap": None,
     "scale_embedding": False,

@@ -36,6 +36,7 @@ T5: dict[str, Any] = {
     "mlp_bias": False,
     "head_bias": False,
     "dropout": 0.0,
+    "attention_dropout": None,
     "tie_embeddings": True,
     "init_std": None,
     "start_id": None,

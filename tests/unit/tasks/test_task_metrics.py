@@ -126,3 +126,19 @@ def test_nothing_to_run(calls: list[Any]) -> None:
     job = task("code", run_code=True)
     with pytest.raises(DataError, match="no question has tests"):
         job.metrics([ask(job, instruction="i", code="x")], [Prediction("x")])
+
+
+def test_the_score_of_one_answer(calls: list[Any]) -> None:
+    """By the metric that means something for one answer; no code is run for it."""
+    code = task("code", run_code=True)
+    assert code.answer_score(ask(code, instruction="i", code="x", tests=["assert x"]), Prediction("y")) == 50.0
+    assert [name for name, _ in calls] == ["sacre_bleu"]
+    summary, qa = task("summarization"), task("qa")
+    assert summary.answer_score(ask(summary, document="d", summary="x"), Prediction("x")) == 9.0
+    assert qa.answer_score(ask(qa, question="q", context="a b", answers=["a"]), Prediction("b")) == 60.0
+    label = task("sentiment", labels=["negative", "positive"])
+    question = ask(label, text="a", label=1)
+    assert label.answer_score(question, Prediction("negative", {"negative": 0.8, "positive": 0.2})) == 0.2
+    chat = task("chat")
+    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    assert chat.answer_score(ask(chat, messages=talk), Prediction("a a a b")) == 0.5

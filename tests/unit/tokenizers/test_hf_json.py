@@ -61,7 +61,8 @@ def test_special_tokens_by_their_usual_names(folder: Path) -> None:
 def test_special_tokens_that_a_file_names(tmp_path: Path) -> None:
     names = {"eos_token": {"content": "[END]"}, "bos_token": "[GO]", "pad_token": None}
     tokenizer = HFTokenizer.load(_byte_level(tmp_path, ("[END]", "[GO]", "[PAD]"), **names))
-    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (0, 1, 2)
+    assert (tokenizer.eos_id, tokenizer.bos_token_id, tokenizer.pad_id) == (0, 1, 2)
+    assert tokenizer.bos_id is None  # no post-processor puts it before a text
     assert 1 not in tokenizer.encode("[GO] home")
     copy = tmp_path / "copy"
     tokenizer.save(copy)

@@ -79,3 +79,24 @@ class Task(Protocol):
     @property
     def best_metric(self) -> str:
         """The name, among ``metrics`` or ``loss``, that picks the best checkpoint."""
+
+
+class WrittenTask(Task, Protocol):
+    """A task whose answers may be written."""
+
+    @property
+    def n_samples(self) -> int:
+        """How many texts are wanted for each question."""
+
+    def end_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """What ends a written answer beside the tokenizer's end token: the marks of a chat template."""
+
+
+class SpanTask(Task, Protocol):
+    """A task whose answers may be spans of a context."""
+
+    def windows(self, question: Question, tokenizer: Tokenizer, max_len: int) -> Sequence[Any]:
+        """What an encoder reads, at most ``max_len`` ids each; ``row(None)`` of a window is its row."""
+
+    def span_prediction(self, question: Question, windows: Sequence[Any], logits: Sequence[Any]) -> Prediction:
+        """The answer from the start and end logits, ``T2``, of every window."""

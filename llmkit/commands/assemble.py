@@ -152,6 +152,7 @@ def assemble(
     batches = train_batches(cfg, work, engine, collate, rank, world_size)
     batch_size = global_batch_size(engine, world_size)
     run = describe_run(cfg, work, start, folder, batch_size, batches.order.n_samples)
+    check_warmup(cfg.schedule, run.max_steps)
     trainer = Trainer(
         accelerator=accelerator,
         module=TrainModule(model, objective).to(accelerator.device),
@@ -180,6 +181,13 @@ def assemble(
     go_on(trainer, checkpoint, recorder)
     recorder.start(run)
     return trainer
+
+
+def check_warmup(schedule: Mapping[str, Any], max_steps: int) -> None:
+    """Warn of a learning rate that never gets to its peak: only now is it known how long an epoch is."""
+    if (warmup := schedule.get("warmup_steps", 0)) > max_steps:
+        what = "the run ends after %d steps, before the %d steps of the warm-up: set schedule.warmup_steps=%d"
+        log.warning(what, max_steps, warmup, max_steps // 10)
 
 
 def go_on(trainer: Trainer, checkpoint: Checkpoint | None, recorder: Recorder) -> None:

@@ -6,6 +6,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Iterator
+from typing import cast
 
 import yaml
 
@@ -13,10 +14,10 @@ from llmkit.commands.evaluate import trained_config
 from llmkit.commands.task_model import TaskModel, open_task_model
 from llmkit.config.choices import recipes_dir
 from llmkit.config.schema import ChatConfig, Node
-from llmkit.engine.prediction import WHOLE, end_ids_of
+from llmkit.engine.prediction import WHOLE
 from llmkit.errors import BadExample, DataError
 from llmkit.generation import stream_from_ids
-from llmkit.task_interface import Question
+from llmkit.task_interface import Question, WrittenTask
 from llmkit.tracking.logs import visible
 
 log = logging.getLogger("llmkit.chat")
@@ -85,6 +86,6 @@ def answer(model: TaskModel, said: list[dict[str, str]], cfg: ChatConfig) -> Ite
     """The reply to the last turn, piece by piece; the oldest turns go when the window is full."""
     ids, n_cut = model.answerer.ask(Question({"messages": said}, "chat", 0))
     if n_cut:
-        log.warning("the conversation has become too long: the oldest %d tokens are not read", n_cut)
-    ends = end_ids_of(model.task, model.tokenizer)
+        log.warning("the conversation has become too long: %d tokens of it, the oldest first, are not read", n_cut)
+    ends = cast(WrittenTask, model.task).end_ids(model.tokenizer)
     return stream_from_ids(model.model, model.tokenizer, ids, cfg.generation, device=model.device, end_ids=ends)

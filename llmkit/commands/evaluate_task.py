@@ -11,7 +11,7 @@ from typing import Any
 
 from llmkit.commands.evaluate import trained_config
 from llmkit.commands.finetuning import tell
-from llmkit.commands.task_model import TaskModel, open_task_model, refuse_unused
+from llmkit.commands.task_model import TaskModel, generation_as_trained, open_task_model, refuse_unused
 from llmkit.config.schema import EvaluateTaskConfig
 from llmkit.data.task_questions import load_questions
 from llmkit.errors import ConfigError, DataError
@@ -30,7 +30,8 @@ def run(cfg: EvaluateTaskConfig, args: argparse.Namespace) -> int:
     Where answers are written, the likelihood of the right ones is among the metrics, as in validation.
     """
     refuse_unused(args.overrides, UNUSED, "every row is answered, each once")
-    model = open_task_model(cfg.init, cfg.task, args.overrides, cfg.data.seq_len, cfg.generation, cfg.engine)
+    generation = generation_as_trained(cfg.init, cfg.task, cfg.generation, args.overrides)
+    model = open_task_model(cfg.init, cfg.task, args.overrides, cfg.data.seq_len, generation, cfg.engine)
     questions = questions_of(cfg, model.task)
     predictions = model.answer(questions)
     metrics = model.task.metrics(questions, predictions)

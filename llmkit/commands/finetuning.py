@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +54,8 @@ log = logging.getLogger("llmkit.training")
 N_HALVINGS = 4  # of the usual vocabulary, where the rows hold too little text for it
 N_SCORED = 20  # questions that are scored before the first step, to see that it can be done
 N_SHOWN = 20  # answers kept of every evaluation
+N_LABELS_SHOWN = 20
+RARE_SHARE = 0.01  # of the training rows; a label below it is told apart
 GAP_ROWS = 500  # training rows, at most, on which the loss is taken as on validation rows
 USUAL_RECIPE = {"encoder": "bert_tiny", "encoder_decoder": "t5_tiny", "decoder": "gpt_tiny"}
 
@@ -93,12 +96,14 @@ def make_trainer(cfg: FinetuneConfig, folder: Path, recorder: Recorder, stop_req
     questions = load_questions(task, cfg.data)
     tell("data", questions.report.lines())
     task = task.with_labels(questions.labels())
+    tell("labels", label_lines(questions.train))
     beginning = find_beginning(init, cfg.add_tokens, cfg.model, cfg.tokenizer, task, questions)
     kind = beginning.config.kind
     objective = objective_for(task.answers(kind), kind, cfg.loss)
     max_len = row_length(cfg.data, beginning.config)
     rows = encode_all(cfg, task, questions, beginning.tokenizer, kind, max_len)
-    check_metric(cfg.engine.best_metric, task, objective, rows.answered)
+    writes = task.answers(kind) == "text"
+    check_metric(cfg.engine.best_metric, task, objective, rows.answered, writes=writes)
     start = find_start(cfg, folder, rows.key)
     model = starting_model(cfg, task, beginning, start)
     scorer = None
@@ -122,6 +127,20 @@ def make_trainer(cfg: FinetuneConfig, folder: Path, recorder: Recorder, stop_req
         save_model=partial(write_trained, cfg, model, beginning),
     )
     return assemble(cfg, work, start, folder, recorder, stop_requested)
+
+
+def label_lines(questions: Sequence[Question]) -> list[str]:
+    """How often each label stands in the data; nothing for tasks without. A rare one may be a slip of the pen."""
+    counts = Counter(str(q.fields["label"]) for q in questions if q.fields.get("label") is not None).most_common()
+    if not counts:
+        return []
+    found = ", ".join(f"{label} {n:,}" for label, n in counts[:N_LABELS_SHOWN])
+    more = f" and {len(counts) - N_LABELS_SHOWN:,} more" if len(counts) > N_LABELS_SHOWN else ""
+    rare = [label for label, n in counts if n < RARE_SHARE * len(questions)]
+    shown = ", ".join(rare[:N_LABELS_SHOWN])
+    fix = "task.labels=[...] names those that count"
+    warning = [f"warning: in less than 1 % of the rows: {shown}; misspelt? {fix}"] if rare else []
+    return [f"{len(counts)} in the training rows: {found}{more}", *warning]
 
 
 def tell(subject: str, lines: Sequence[str]) -> None:
@@ -219,21 +238,26 @@ def spread(questions: Sequence[Question], n: int | None) -> list[Question]:
     return [questions[place * len(questions) // n] for place in range(n)]
 
 
-def check_metric(chosen: str | None, task: Task, objective: Objective, questions: Sequence[Question]) -> None:
+def check_metric(
+    chosen: str | None, task: Task, objective: Objective, questions: Sequence[Question], *, writes: bool
+) -> None:
     """Score no answers, so that an unknown ``engine.best_metric`` or a missing package ends the run at its beginning.
 
     Raises ``ConfigError`` with the metrics there are.
     """
-    name = BestMetric.of(chosen, task.best_metric).name
-    if not questions or not name.startswith("val/"):
+    if not questions:
         return
-    sums, counts = dict.fromkeys(objective.sum_names, 0.0), dict.fromkeys(COUNTED, 0)
-    known = validation_metrics(objective, sums, counts | {"example": 1}, 1)
+    name = BestMetric.of(chosen, task.best_metric).name
+    counted = "token" if writes else "example"
+    sums, counts = dict.fromkeys(objective.sum_names, 0.0), dict.fromkeys(COUNTED, 0) | {counted: 1}
+    known = {
+        f"{part}/{key}" for part in ("val", "train_part") for key in validation_metrics(objective, sums, counts, 1)
+    }
     for some in (questions[:N_SCORED], questions):  # some metrics are of few questions only
-        known |= task.metrics(some, [Prediction("")] * len(some))
-        if name.removeprefix("val/") in known:
+        known |= {f"val/{key}" for key in task.metrics(some, [Prediction("")] * len(some))}
+        if name in known:
             return
-    names = ", ".join(sorted(known.keys() - set(COUNTED.values())))
+    names = ", ".join(sorted(key.removeprefix("val/") for key in known if key.split("/")[1] not in COUNTED.values()))
     raise ConfigError(f"no metric is called {name}", where="engine.best_metric", fix=f"one of {names}")
 
 

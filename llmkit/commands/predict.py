@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmkit.commands.finetuning import tell
-from llmkit.commands.task_model import open_task_model, refuse_unused
+from llmkit.commands.task_model import generation_as_trained, open_task_model, refuse_unused
 from llmkit.config.schema import PredictConfig
 from llmkit.data.task_questions import load_questions
 from llmkit.engine.files import write_atomic
@@ -36,7 +36,8 @@ def run(cfg: PredictConfig, args: argparse.Namespace) -> int:
         raise ConfigError(what, where="--text", fix="llmkit predict init=... --text '...', or --file rows.jsonl")
     refuse_unused(args.overrides, UNUSED, "the rows are those of --text or --file")
     out = None if args.out is None else writable(args.out)
-    model = open_task_model(cfg.init, cfg.task, args.overrides, cfg.data.seq_len, cfg.generation, cfg.engine)
+    generation = generation_as_trained(cfg.init, cfg.task, cfg.generation, args.overrides)
+    model = open_task_model(cfg.init, cfg.task, args.overrides, cfg.data.seq_len, generation, cfg.engine)
     if args.file:
         questions = rows_of(args.file, model.task, cfg.data)
     else:

@@ -117,6 +117,23 @@ def task_node(trained: Node | None, node: Node | None, overrides: Sequence[str])
     return {**node, **kept}
 
 
+def generation_as_trained(
+    init: str, node: Node | None, generation: GenerationConfig, overrides: Sequence[str]
+) -> GenerationConfig:
+    """``generation`` with what nobody gave as it was in the run behind ``init``, so that scores are those of the run.
+
+    As it is where the model is no fine-tuning run's, or was fine-tuned for another task.
+    """
+    trained = trained_config(init) or {}
+    if "task" not in trained or (node is not None and node["_target_"] != trained["task"]["_target_"]):
+        return generation
+    given = {word.partition("=")[0] for word in overrides}
+    kept = {name: value for name, value in trained["generation"].items() if f"generation.{name}" not in given}
+    for name in (name for name, value in kept.items() if value != getattr(generation, name)):
+        log.info("generation.%s is the run's: %s", name, kept[name])
+    return replace(generation, **kept)
+
+
 def refuse_unused(overrides: Sequence[str], names: Sequence[str], why: str) -> None:
     """Raise ConfigError for a value on the command line that would change nothing."""
     for name in (word.partition("=")[0] for word in overrides):

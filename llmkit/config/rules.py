@@ -91,6 +91,14 @@ def warmup(view: View) -> Iterator[Problem]:
         yield view.problem("schedule.warmup_steps", f"{steps} warm-up steps, but the run ends after {limit}", fix)
 
 
+def best_is_saved(view: View) -> Iterator[Problem]:
+    """Early stopping without a checkpoint of the evaluation that was best would throw it away."""
+    patience, between, saved = (view[f"engine.{name}"] for name in ("patience", "eval_every", "save_every"))
+    if patience is not None and between is not None and (saved is None or between % saved):
+        what = f"with engine.patience every evaluation needs a checkpoint, or the best is lost: is {saved}"
+        yield view.problem("engine.save_every", what, f"set engine.save_every={between}")
+
+
 def planned_steps(view: View) -> int | None:
     """Optimizer steps of the run as far as the configuration alone says; an epoch's length is not known yet."""
     limits = [view["engine.max_steps"]]
@@ -221,6 +229,13 @@ def old_text(view: View) -> Iterator[Problem]:
         yield view.problem("data.old_val_path", "has no effect: a new model knows no text", "set init=<model>")
 
 
+def held_out_twice(view: View) -> Iterator[Problem]:
+    """Held-out data are given, or a share of the data is held out."""
+    if view["data.val_path"] is not None and "data.val_fraction" in view.composed.from_command_line:
+        what = f"has no effect: validation is on data.val_path={view['data.val_path']}"
+        yield view.problem("data.val_fraction", what, "leave one of the two out")
+
+
 def evaluates_everything(view: View) -> Iterator[Problem]:
     """Evaluation reads every document of ``data.path`` once; what would choose among them is a mistake."""
     if view.composed.command != "evaluate":
@@ -276,6 +291,7 @@ RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
     stop_rule,
     zero_limits,
     warmup,
+    best_is_saved,
     context,
     vocabulary,
     trainable,
@@ -287,6 +303,7 @@ RULES: tuple[Callable[[View], Iterator[Problem]], ...] = (
     init_decides,
     added_tokens,
     old_text,
+    held_out_twice,
     evaluates_everything,
     beams,
     samples,

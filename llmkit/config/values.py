@@ -84,7 +84,12 @@ def _fit_mapping(value: Any, hint: Any) -> Any:
     if not isinstance(value, Mapping):
         raise Unfit
     inner = get_args(hint)[1] if get_args(hint) else Any
-    return {str(key): fit(item, inner) for key, item in value.items()}
+    return {str(key): fit(item, inner, _digits(item)) for key, item in value.items()}
+
+
+def _digits(value: Any) -> str | None:
+    """A whole number as it was written, for a field of texts: ``data.columns.text=1``."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def _bool(value: Any, typed: str | None) -> bool:

@@ -44,6 +44,7 @@ class QuestionsReport:
     """What was read: counts for the user."""
 
     files: list[FilesReport]
+    is_split: bool  # into training and validation
     n_train: int = 0
     n_val: int = 0
     n_repeated: int = 0  # training questions that an earlier one asks too
@@ -52,7 +53,8 @@ class QuestionsReport:
     def lines(self) -> list[str]:
         """The report in a few lines of text."""
         found = [line for files in self.files for line in _files_lines(files)]
-        found.append(f"questions: {self.n_train:,} for training, {self.n_val:,} for validation")
+        if self.is_split:
+            found.append(f"questions: {self.n_train:,} for training, {self.n_val:,} for validation")
         if self.n_repeated:
             found.append(f"{self.n_repeated:,} training questions are asked more than once")
         if self.n_shared:
@@ -104,7 +106,7 @@ def load_questions(task: Task, data: TaskDataConfig, *, split: bool = True, answ
     train = [question for question, held in zip(main.questions, is_val, strict=True) if not held]
     val = [question for question, held in zip(main.questions, is_val, strict=True) if held]
     train_keys, val_keys = main.keys[~is_val], main.keys[is_val]
-    report = QuestionsReport([main.report])
+    report = QuestionsReport([main.report], split)
     if held_out is not None:
         val, val_keys = held_out.questions, held_out.keys
         report.files.append(held_out.report)
@@ -231,7 +233,11 @@ def _check(report: FilesReport, data: TaskDataConfig, setting: str, columns: Seq
     if not report.n_questions:
         what = f"no record of {report.path} can be used; "
         what += f"there are the columns {', '.join(columns)}" if columns else "there is no record in it"
-        fix = "give records of this task, or say which column is which: data.columns.<role>=<column>"
+        is_column = any(reason.startswith("missing") for reason in report.bad.counts) or not report.bad.total
+        fix = "give records of this task"
+        fix += (
+            ", or say which column is which: data.columns.<role>=<column>" if is_column else ": mend those named above"
+        )
     else:
         allowed = -(-report.bad_fraction * 1000 // 1) / 1000
         fix = f"mend the file, or leave them out: data.max_bad_fraction={allowed:.3f}"

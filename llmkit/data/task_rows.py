@@ -26,6 +26,7 @@ __all__ = ["EncodeReport", "Questions", "TaskDataset", "encode_rows", "load_ques
 TOO_LONG, CUT_AWAY = "too long", "answer cut away"
 NOTHING_TRAINED = "nothing to predict"
 _PERCENTILES = (50, 90, 99)
+MANY_DROPPED = 0.05  # of the questions; above it the user is warned
 
 
 @dataclass
@@ -58,6 +59,12 @@ class EncodeReport:
             found.append(f"targets: longest {self.longest_target} ({lengths})")
         if self.n_truncated:
             found.append(f"cut to fit: {self.n_truncated:,} rows, {self.n_cut_ids:,} tokens of questions left out")
+        share = self.dropped.total / max(1, self.n_questions)
+        if share > MANY_DROPPED:
+            what = (
+                f"warning: {share:.1%} of the questions are left out: data.long_rows=truncate or a larger data.seq_len"
+            )
+            found.append(f"{what} would keep those that are too long")
         return found + [f"left out: {line}" for line in self.dropped.lines()]
 
 

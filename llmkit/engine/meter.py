@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from llmkit.engine.evaluate import COUNTED
 from llmkit.engine.throughput import mfu, peak_memory_gib, tokens_per_second
+
+_RUNNING = ("sums", "objective", "n_tokens", "n_computed", "n_steps", "seconds", "data_seconds")  # and the counts
 
 
 class StepSums(Protocol):
@@ -59,6 +61,16 @@ class Meter:
         self.n_steps += 1
         self.seconds += seconds
         self.data_seconds += data_seconds
+
+    def state(self) -> dict[str, Any]:
+        """What was added up since the last ``flush``, JSON-ready."""
+        return {name: getattr(self, name) for name in _RUNNING} | {"counts": dict(self.counts)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on adding to ``state``."""
+        for name in _RUNNING:
+            setattr(self, name, state[name])
+        self.counts = Counter(state["counts"])
 
     def flush(self) -> dict[str, float]:
         """``train/...`` and ``perf/...`` since the last call."""

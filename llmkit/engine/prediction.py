@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from llmkit.errors import BadExample
 from llmkit.generation import generate_from_ids
 from llmkit.interfaces import Answer, Objective, Row, Tokenizer
 from llmkit.settings import GenerationConfig
-from llmkit.task_interface import Prediction, Question, Task
+from llmkit.task_interface import Prediction, Question, SpanTask, Task, WrittenTask
 
 Faults = Counter[str]  # how often which
 
@@ -132,7 +132,7 @@ class Answerer:
 
     def _point(self, questions: Sequence[Question], prompts: Sequence[list[int]], faults: Faults) -> list[Prediction]:
         """The best span of each over all windows of its context; nothing where the question leaves no room for it."""
-        task: Any = self.task
+        task = cast(SpanTask, self.task)
         windows = [self._windows(question, faults) for question in questions]
         rows = [window.row(None) for some in windows for window in some]
         parts = [self._scores(rows[i : i + self.batch_size]) for i in range(0, len(rows), self.batch_size)]
@@ -143,9 +143,8 @@ class Answerer:
         ]
 
     def _windows(self, question: Question, faults: Faults) -> Sequence[Any]:
-        task: Any = self.task
         try:
-            windows: Sequence[Any] = task.windows(question, self.tokenizer, self.max_len)
+            windows = cast(SpanTask, self.task).windows(question, self.tokenizer, self.max_len)
         except BadExample as bad:
             faults[UNASKED.format(bad)] += 1
             return ()
@@ -153,18 +152,17 @@ class Answerer:
 
     def _write(self, questions: Sequence[Question], prompts: Sequence[list[int]], _: Faults) -> list[Prediction]:
         """Generated texts, without outer white space."""
-        n_samples = getattr(self.task, "n_samples", 1)
-        end_ids = end_ids_of(self.task, self.tokenizer)
+        task = cast(WrittenTask, self.task)
         texts = generate_from_ids(
-            self.model, self.tokenizer, prompts, self.settings, device=self.device, n_samples=n_samples, end_ids=end_ids
+            self.model,
+            self.tokenizer,
+            prompts,
+            self.settings,
+            device=self.device,
+            n_samples=task.n_samples,
+            end_ids=task.end_ids(self.tokenizer),
         )
         return [Prediction(first.strip(), {}, tuple(text.strip() for text in more)) for first, *more in texts]
-
-
-def end_ids_of(task: Task, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """What ends a written answer beside the tokenizer's end token: the marks of a chat template."""
-    ends: tuple[int, ...] = task.end_ids(tokenizer) if hasattr(task, "end_ids") else ()
-    return ends
 
 
 def _length(question: Question) -> int:

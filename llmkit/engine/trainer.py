@@ -276,7 +276,9 @@ class Trainer:
         if value is None and "val" in self.eval_sets:
             known = sorted(name for name in metrics if name.startswith("val/"))
             raise ConfigError(
-                f"no metric is called {self.best_metric.name}", where="engine.best_metric", fix=f"one of {known}"
+                f"no metric is called {self.best_metric.name}",
+                where="engine.best_metric",
+                fix=f"one of {', '.join(known)}",
             )
         if value is None:  # no validation rows, only text the model knew before
             return
@@ -318,6 +320,7 @@ class Trainer:
             "global_batch_size": self.global_batch_size,
             "world_size": self.accelerator.num_processes,
             "scaler": None if scaler is None else scaler.state_dict(),
+            "meter": self.meter.state(),
         }
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
@@ -327,6 +330,7 @@ class Trainer:
         """Continue from ``state`` and ``optimizer_tensors``; the weights are the command's to load."""
         self.progress = Progress(**state["progress"])
         self.saved_step = self.progress.step
+        self.meter.restore(state["meter"])
         optim.load_state_tensors(self.optimizer, self.module.model.named_parameters(), tensors)
         if state["scaler"] is not None and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])

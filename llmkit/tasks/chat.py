@@ -19,7 +19,7 @@ from llmkit.metrics.diversity import distinct_n
 from llmkit.task_interface import Prediction, Question
 from llmkit.tasks.chat_layout import Layout, Turn, layout, skeleton
 from llmkit.tasks.encoding import EMPTY_TARGET, MERGED, TOO_LONG, Spans, encode_target, to_array
-from llmkit.tasks.messages import Message, later_beginnings, read_messages
+from llmkit.tasks.messages import Message, later_beginnings, question_place, read_messages, with_question_cut
 
 _N_SHOWN = 5  # conversations among the details
 
@@ -37,6 +37,7 @@ class Chat:
     name: ClassVar[str] = "chat"
     usual_kind: ClassVar[str] = "decoder"  # of the small model that is trained where none is given
     best_metric: ClassVar[str] = "loss"
+    n_samples: ClassVar[int] = 1
     optional: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -181,15 +182,30 @@ def _source(messages: Sequence[Message], tokenizer: Tokenizer, kind: str, max_le
 
 
 def shortened(messages: Sequence[Message], make: Callable[[Sequence[Message]], Row], max_len: int, cut: bool) -> Row:
-    """The row of the conversation, without as few of its oldest exchanges as make it fit, where ``cut`` allows that."""
+    """The row of the conversation, without as few of its oldest exchanges as make it fit, where ``cut`` allows that.
+
+    Where one exchange alone is too long, the end of what the user says in it is cut.
+    """
     row = make(messages)
     n_whole = len(row.ids)
     if n_whole <= max_len:
         return row
-    shorter = later_beginnings(messages) if cut else []
-    fits = bisect_left(shorter, True, key=lambda part: len(make(part).ids) <= max_len)
-    if fits == len(shorter):
+    if not cut:
         raise BadExample(TOO_LONG)
-    row = make(shorter[fits])
+
+    def fits(part: Sequence[Message]) -> bool:
+        return len(make(part).ids) <= max_len
+
+    exchanges = later_beginnings(messages)
+    first = bisect_left(exchanges, True, key=fits)
+    if first < len(exchanges):
+        row = make(exchanges[first])
+    else:
+        alone = exchanges[-1] if exchanges else messages
+        n_characters = len(alone[question_place(alone)]["content"])
+        n_cut = bisect_left(range(n_characters), True, key=lambda n: fits(with_question_cut(alone, n)))
+        if n_cut == n_characters:
+            raise BadExample(TOO_LONG)
+        row = make(with_question_cut(alone, n_cut))
     assert row.answer is not None
     return row._replace(answer=row.answer._replace(n_cut=n_whole - len(row.ids)))

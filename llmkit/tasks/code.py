@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import re
-import textwrap
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -13,11 +9,9 @@ from typing import Annotated, Any, ClassVar
 from llmkit.errors import BadExample, DataError
 from llmkit.settings import Range
 from llmkit.task_interface import Prediction, Question
+from llmkit.tasks.code_program import calls_of, extract, is_python, program, tidy, whole_function
 from llmkit.tasks.encoding import EMPTY_TARGET, text_of
 from llmkit.tasks.text_task import TextTask, mean
-
-_FENCED = re.compile(r"```[\w+-]*[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
-_SEAM = re.compile(r"\A (?=\S)")  # the space between a prompt and its answer
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,7 @@ class Code(TextTask):
     placeholders: ClassVar[tuple[str, ...]] = ("instruction", "signature", "tests")
     needed: ClassVar[tuple[str, ...]] = ("instruction",)
     long_role: ClassVar[str] = "instruction"
-    optional: ClassVar[tuple[str, ...]] = ("signature", "tests", "setup")
+    optional: ClassVar[tuple[str, ...]] = ("signature", "tests", "setup", "entry_point")
 
     def problems(self) -> list[tuple[str, str]]:
         found = super().problems()
@@ -57,6 +51,7 @@ class Code(TextTask):
             "signature": ("signature", "declaration"),
             "tests": ("tests", "test_list", "test"),
             "setup": ("setup", "test_setup_code", "imports"),
+            "entry_point": ("entry_point", "function_name"),
         }
 
     @property
@@ -69,20 +64,29 @@ class Code(TextTask):
         return max(self.k) if self.run_code else 1
 
     def read(self, fields: Mapping[str, Any], *, answered: bool) -> Sequence[Mapping[str, Any]]:
-        """``instruction``, ``signature``, ``setup``, ``tests`` (a list), and ``code`` from its first column on."""
-        example = {
-            "instruction": text_of(fields, "instruction"),
-            **{role: _maybe_text(fields, role) for role in ("signature", "setup")},
-            "tests": _tests(fields.get("tests")),
+        """``instruction``, ``signature``, ``setup``, ``entry_point``, ``tests`` and their ``calls`` (lists), and
+        ``code`` from its first column on; where it is the body of a function only, with the head of the instruction.
+        """
+        instruction, tests = text_of(fields, "instruction"), _tests(fields.get("tests"))
+        signature, setup, entry_point = (_maybe_text(fields, role) for role in ("signature", "setup", "entry_point"))
+        example: dict[str, Any] = {
+            "instruction": instruction,
+            "signature": signature,
+            "setup": setup,
+            "entry_point": entry_point,
+            "tests": tests,
+            "calls": calls_of(tests, entry_point),
         }
         if not answered:
             return [example]
         text_of(fields, "code", empty=EMPTY_TARGET)
-        return [example | {"code": tidy(fields["code"])}]
+        return [example | {"code": whole_function(instruction, fields["code"])}]
 
     def values(self, question: Question) -> Mapping[str, str]:
         fields = question.fields
-        tests = "\n".join(fields["tests"])
+        tests = (
+            "" if fields["calls"] else "\n".join(fields["tests"])
+        )  # functions that test are not for the model to see
         return {"instruction": fields["instruction"], "signature": fields["signature"], "tests": tests}
 
     def targets(self, question: Question) -> Sequence[str]:
@@ -132,33 +136,6 @@ def _chrf(questions: Sequence[Question], predictions: Sequence[Prediction]) -> t
     said = [extract(prediction.text) for prediction in predictions]
     _, chrf, (_, signature) = sacre_bleu(said, [[question.fields["code"]] for question in questions])
     return chrf, signature
-
-
-def program(question: Question, text: str) -> str:
-    """What is run: what the model wrote, the setup of the tests, which may use it (so in MBPP), and the tests."""
-    fields = question.fields
-    return "\n".join([extract(text), *filter(None, [fields["setup"]]), *fields["tests"], ""])
-
-
-def extract(text: str) -> str:
-    """The code in what a model wrote: its first fenced block, else all of it, without the one space before it."""
-    block = _FENCED.search(text)
-    return tidy(block[1] if block else _SEAM.sub("", text))
-
-
-def tidy(code: str) -> str:
-    """With ``\\n`` as line ends, from the first column on, without blank lines around it."""
-    return textwrap.dedent(code.replace("\r\n", "\n").replace("\r", "\n")).strip()
-
-
-def is_python(code: str) -> bool:
-    """Whether it is a module, not an empty one, that the parser takes. Nothing is run."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return bool(ast.parse(code).body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
 
 
 def _maybe_text(fields: Mapping[str, Any], role: str) -> str:

@@ -25,13 +25,13 @@ def read_messages(value: Any, *, answered: bool) -> list[Message]:
     """Turns in order: at most one of the system, then the user and the assistant by turns, the user first.
 
     A text is JSON of the same, as a table holds it; where no answer is needed also what the user says. White space
-    around what the assistant says is left out. Raises ``BadExample`` for anything else, and where the assistant has to
-    have spoken and has not.
+    around what the assistant says is left out, and so is an empty turn of the system. Raises ``BadExample`` for
+    anything else, and where the assistant has to have spoken and has not.
     """
     turns = _decoded(value, answered)
     if not isinstance(turns, list | tuple) or not turns:
         raise BadExample("no messages")
-    messages = [_message(turn) for turn in turns]
+    messages = [_message(turn) for turn in turns if not _is_empty_system(turn)]
     check_order([message["role"] for message in messages])
     if answered and all(message["role"] != "assistant" for message in messages):
         raise BadExample("no assistant turn")
@@ -52,10 +52,22 @@ def _decoded(value: Any, answered: bool) -> Any:
     return [{"role": "user", "content": value}]
 
 
-def _message(turn: Any) -> Message:
+def _said(turn: Any) -> tuple[Any, Any]:
+    """Who says it, and what; None for what is not there."""
     if not isinstance(turn, Mapping):
-        raise BadExample("message without role or content")
+        return None, None
     role, content = (next((turn[key] for key in keys if key in turn), None) for keys in (_ROLE_KEYS, _CONTENT_KEYS))
+    return role, content
+
+
+def _is_empty_system(turn: Any) -> bool:
+    role, content = _said(turn)
+    is_system = isinstance(role, str) and _ROLES.get(role.lower()) == "system"
+    return is_system and isinstance(content, str) and not content.strip()
+
+
+def _message(turn: Any) -> Message:
+    role, content = _said(turn)
     if not isinstance(role, str) or content is None:
         raise BadExample("message without role or content")
     if (known := _ROLES.get(role.strip().lower())) is None:
@@ -95,3 +107,16 @@ def later_beginnings(messages: Sequence[Message]) -> list[list[Message]]:
     system = [message for message in messages[:1] if message["role"] == "system"]
     starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
     return [[*system, *messages[start:]] for start in starts[1:]]
+
+
+def question_place(messages: Sequence[Message]) -> int:
+    """Where the first thing that the user says stands."""
+    return next(place for place, message in enumerate(messages) if message["role"] == "user")
+
+
+def with_question_cut(messages: Sequence[Message], n_characters: int) -> list[Message]:
+    """The conversation without the last ``n_characters`` of the first thing that the user says."""
+    place = question_place(messages)
+    text = messages[place]["content"]
+    shorter = {**messages[place], "content": text[: len(text) - n_characters]}
+    return [*messages[:place], shorter, *messages[place + 1 :]]

@@ -51,6 +51,11 @@ class TextTask(ABC):
         """See ``interfaces.Task``."""
 
     @property
+    def n_samples(self) -> int:
+        """How many texts are wanted for each question."""
+        return 1
+
+    @property
     def optional(self) -> tuple[str, ...]:
         """Roles that a file may lack."""
         return ()
@@ -62,6 +67,10 @@ class TextTask(ABC):
     @abstractmethod
     def targets(self, question: Question) -> Sequence[str]:
         """The answers that a model is trained on, one row each."""
+
+    def end_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """None beside the tokenizer's end token."""
+        return ()
 
     def answer_score(self, question: Question, prediction: Prediction) -> float:
         """chrF of the answer, 0 .. 100: BLEU is nearly always 0 for a single sentence."""

@@ -43,7 +43,8 @@ LORA = ("adapter=lora", "schedule.warmup_steps=10", "optim.lr=5e-4", "engine.mic
 JOBS = {
     "sst2": Job(
         "sentiment", "sentiment/sst2.train.jsonl", "sentiment/sst2.valid.jsonl", "sentiment/sst2.test.jsonl",
-        ("engine.max_epochs=3", "engine.micro_batch_size=32", "optim.lr=1e-4", "engine.eval_every=217"), peer=True,
+        ("engine.max_epochs=2", "engine.micro_batch_size=32", "optim.lr=1e-4", "loss.label_smoothing=0.1",
+         "engine.eval_every=217"), peer=True,
     ),
     "policyqa": Job(
         "qa", "qa/policyqa.train.json", "qa/policyqa.valid.json", "qa/policyqa.valid.json",

@@ -98,7 +98,8 @@ class Place:
         """The words of a short run; ``kind`` None names no ``init``."""
         init = [] if kind is None else [f"init={self.model(kind)}"]
         places = [f"data.path={self.root / task}.jsonl", f"run.root={self.root / 'runs'}", f"run.name={name}"]
-        settings = [*SHORT, "data.val_fraction=0.2", *PROMPTS.get(task, [])]
+        is_split = not any(word.startswith("data.val_path=") for word in more)
+        settings = [*SHORT, *["data.val_fraction=0.2"][:is_split], *PROMPTS.get(task, [])]
         return without_repeats(["finetune", f"task={task}", *init, *places, *settings, *more])
 
     def finetune(self, task: str, kind: str | None, name: str, *more: str) -> int:

@@ -114,7 +114,7 @@ def test_only_the_adapter_is_saved(place: Place) -> None:
 
 def evaluated(run: Path, task: str, capsys: pytest.CaptureFixture[str], *more: str) -> dict[str, Any]:
     capsys.readouterr()
-    words = [f"init={run}", "generation.max_new_tokens=4", "engine.n_threads=1", "engine.device=cpu", *more]
+    words = [f"init={run}", "engine.n_threads=1", "engine.device=cpu", *more]
     assert main(["evaluate", f"task={task}", *words]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
@@ -132,7 +132,7 @@ def evaluated(run: Path, task: str, capsys: pytest.CaptureFixture[str], *more: s
 def test_evaluation_repeats_the_validation_of_the_run(
     place: Place, task: str, kind: str, more: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its rows, its prompts and its length of rows, though the command line names none of them."""
+    """Its rows, its prompts, its length of rows and how it writes, though the command line names none of them."""
     run = place.done(task, kind, *more)
     found, scores = evaluated(run, task, capsys), place.scores(run.name)
     assert {name: found[name] for name in METRICS[task]} == {name: scores[name] for name in METRICS[task]}
@@ -284,11 +284,37 @@ def test_the_metric_that_was_named_picks_the_best_checkpoint(place: Place, capsy
     assert (f"step_{best}" in said) == (best != 20)
 
 
+@pytest.mark.parametrize(
+    ("task", "kind", "metric"), [("chat", "decoder", "ppl"), ("sentiment", "encoder", "train_part/loss")]
+)
+def test_every_metric_of_an_evaluation_can_be_named(place: Place, task: str, kind: str, metric: str) -> None:
+    run = place.done(task, kind, f"engine.best_metric={metric}")
+    name = metric if "/" in metric else f"val/{metric}"
+    rows = {row["step"]: row[name] for row in place.rows(run.name) if name in row}
+    assert max(best_of(place, run.name)) == min(rows, key=lambda step: rows[step])
+
+
+def test_a_rare_label_is_told(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row_of("sentiment", i) for i in range(150)] + [{"text": "the food was odd", "label": "posittive"}]
+    path = place.write("misspelt", rows)
+    words = [f"data.path={path}", f"data.val_path={place.root / 'sentiment.jsonl'}", "data.max_answers=2"]
+    assert place.finetune("sentiment", "encoder", "misspelt", *words) == 0
+    said = capsys.readouterr().err
+    assert "3 in the training rows: negative 75, positive 75, posittive 1" in said
+    assert "in less than 1 % of the rows: posittive; misspelt?" in said
+
+
+def test_a_warm_up_that_never_ends_is_told(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    more = ["engine.max_steps=null", "engine.max_epochs=0.5", "schedule.warmup_steps=20"]
+    assert place.finetune("sentiment", "encoder", "cold", *more) == 0
+    assert "the run ends after 4 steps, before the 20 steps of the warm-up" in capsys.readouterr().err
+
+
 def test_an_unknown_metric_is_refused_before_the_first_step(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert place.finetune("sentiment", "encoder", "unknown", "engine.best_metric=acuracy") == 2
     said = capsys.readouterr().err
     assert "no metric is called val/acuracy" in said
-    assert "one of accuracy, loss, macro_f1, mcc" in said
+    assert "one of accuracy, loss, macro_f1, mcc, train_part/" in said
     assert not place.run("unknown").joinpath("checkpoints").exists()
 
 

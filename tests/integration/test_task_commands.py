@@ -139,13 +139,17 @@ def test_a_conversation(place: Place, kind: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_conversation_that_outgrows_the_model(place: Place, monkeypatch: pytest.MonkeyPatch, capsys: Said) -> None:
-    """The oldest turns are left out, with a warning; a message that is too long alone is forgotten, with another."""
+    """The oldest turns are left out, then the end of a message, with a warning; what leaves no room is forgotten."""
+    run = place.done("chat", "decoder")
     typed(monkeypatch, *["say 1"] * 4, "what? " * 40, "say 2")
-    assert main(["chat", f"init={place.done('chat', 'decoder')}", "system='be kind'", *QUIET]) == 0
+    assert main(["chat", f"init={run}", "system='be kind'", *QUIET]) == 0
     said = capsys.readouterr()
-    assert "the oldest" in said.err
-    assert said.err.count("cannot be answered") == 1
-    assert said.out.count("\n") >= 5
+    assert "the oldest first, are not read" in said.err
+    assert "cannot be answered" not in said.err
+    assert said.out.count("\n") >= 6
+    typed(monkeypatch, "say 1")
+    assert main(["chat", f"init={run}", f"system='{'be kind ' * 40}'", *QUIET]) == 0
+    assert capsys.readouterr().err.count("cannot be answered") == 1
 
 
 # -- data show ------------------------------------------------------------------------------------------------------

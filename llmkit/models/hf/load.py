@@ -317,7 +317,7 @@ def _init_head(
     if used:
         log.warning("%s: the head is not in the files; it is new: %s", folder, ", ".join(names))
     else:
-        log.info("%s: output layers that the task head does not read are new: %s", folder, ", ".join(names))
+        log.debug("%s: output layers that the task head does not read are new: %s", folder, ", ".join(names))
 
 
 # -- task heads -----------------------------------------------------------------------------------------------------

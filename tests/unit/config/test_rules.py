@@ -18,6 +18,7 @@ BROKEN = {
     "stop_rule": (["engine.max_steps=null"], "engine.max_steps"),
     "zero_limits": (["engine.max_epochs=0"], "engine.max_epochs"),
     "warmup": (["schedule.warmup_steps=201"], "schedule.warmup_steps"),
+    "best_is_saved": (["engine.patience=2", "engine.save_every=30"], "engine.save_every"),
     "context": (["data.seq_len=512"], "data.seq_len"),
     "vocabulary": (["model.vocab_size=4000"], "model.vocab_size"),
     "trainable": (["objective=masked_lm", "tokenizer=wordpiece"], "objective"),
@@ -28,6 +29,7 @@ BROKEN = {
     "paths": (["data.path=[]"], "data.path"),
     "added_tokens": (["add_tokens=[<|user|>]"], "add_tokens"),
     "old_text": (["data.old_val_path=old.txt"], "data.old_val_path"),
+    "held_out_twice": (["data.val_path=b.txt", "data.val_fraction=0.2"], "data.val_fraction"),
     "init_decides": (["init=runs/x", "model.d_model=512"], "model.d_model"),
 }
 
@@ -52,6 +54,8 @@ def test_broken(rule: str) -> None:
         ["engine.max_steps=null", "engine.max_epochs=0.5"],
         ["schedule.warmup_steps=200"],
         ["engine.max_grad_norm=null"],
+        ["engine.patience=2", "engine.save_every=50"],
+        ["engine.patience=2", "engine.save_every=null", "engine.eval_every=null"],
         ["model.max_seq_len=256"],
         ["model.vocab_size=4096"],
         ["data.path=[a,b]", "data.weights=[1,2]"],

@@ -31,6 +31,7 @@ from llmkit.settings import Range
         (["a"], str | list[str], ["a"]),
         ({"a": 1}, dict[str, float], {"a": 1.0}),
         ({"a": 1}, Mapping[str, Any], {"a": 1}),
+        ({"text": 1, "label": "l"}, dict[str, str], {"text": "1", "label": "l"}),
         (3, Annotated[int, Range(1)], 3),
         (None, Annotated[int | None, Range(1)], None),
         (object, Any, object),

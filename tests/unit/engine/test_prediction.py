@@ -12,7 +12,7 @@ import torch
 
 from llmkit.config.build import build
 from llmkit.config.compose import compose
-from llmkit.engine.prediction import Answerer, end_ids_of
+from llmkit.engine.prediction import Answerer
 from llmkit.errors import BadExample
 from llmkit.interfaces import TokenIds
 from llmkit.models.head_config import HeadConfig
@@ -20,6 +20,7 @@ from llmkit.models.heads import attach_head
 from llmkit.objectives.for_task import objective_for
 from llmkit.settings import LossConfig
 from llmkit.task_interface import Question
+from llmkit.tasks.translation import Translation
 from tests.unit.data.helpers import ByteTokenizer
 from tests.unit.generation_settings import GREEDY as BASE
 from tests.unit.tasks.support import task as task_of
@@ -210,17 +211,27 @@ def test_the_model_is_left_as_it_was(training: bool) -> None:
 
 def test_several_samples_of_a_question() -> None:
     task = task_of("code", run_code=True, k=[1, 3], decoder_prompt="{instruction}", source_prompt="{instruction}")
-    questions = [Question({"instruction": text, "tests": [], "signature": "", "setup": ""}, "", 0) for text in "ab"]
+    questions = [
+        Question(
+            {"instruction": text, "tests": [], "signature": "", "setup": "", "entry_point": "", "calls": []}, "", 0
+        )
+        for text in "ab"
+    ]
     found = answerer(task, "decoder", temperature=1.0)(questions)
     assert found is not None
     assert [len(prediction.samples) for prediction in found] == [2, 2]
 
 
 def test_marks_that_end_an_answer() -> None:
-    class Ends:
+    @dataclass(frozen=True)
+    class Ends(Translation):
         def end_ids(self, tokenizer: Any) -> tuple[int, ...]:
-            return (tokenizer.eos_id, 7)
+            return tuple(range(tokenizer.vocab_size))
 
-    task: Any = Ends()
-    assert end_ids_of(task, TOKENIZER) == (1, 7)
-    assert end_ids_of(TASKS["text"], TOKENIZER) == ()
+    questions = [Question({"source": text}, "", 0) for text in ("a", "bc")]
+    whole = answerer(TASKS["text"], "decoder")(questions)
+    assert whole is not None
+    assert any(prediction.text for prediction in whole)
+    found = answerer(Ends(**vars(TASKS["text"])), "decoder")(questions)
+    assert found is not None
+    assert [prediction.text for prediction in found] == ["", ""]

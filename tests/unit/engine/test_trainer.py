@@ -193,10 +193,11 @@ def test_evaluation_does_not_depend_on_the_batch_size() -> None:
     assert metrics["val/ppl"] == pytest.approx(math.exp(losses[0]))
 
 
+@pytest.mark.parametrize("log_every", [1, 5])
 @pytest.mark.parametrize("moments", [(3,), (1, 2, 3), (4, 8)])
-def test_resumed_curve_is_bitwise_equal(moments: tuple[int, ...]) -> None:
-    """Dropout on, an evaluation every 4 steps, stops at the given steps."""
-    engine = replace(ENGINE, micro_batch_size=3, eval_every=4, save_every=3)
+def test_resumed_curve_is_bitwise_equal(moments: tuple[int, ...], log_every: int) -> None:
+    """Dropout on, an evaluation every 4 steps, stops at the given steps, also between two lines of the log."""
+    engine = replace(ENGINE, micro_batch_size=3, eval_every=4, save_every=3, log_every=log_every)
     unbroken = Recorder()
     whole = Bigram(dropout=0.3)
     make_trainer(engine, unbroken, whole).fit()

@@ -14,6 +14,7 @@ from llmkit.errors import BadExample, ConfigError
 from llmkit.interfaces import Row
 from llmkit.metrics.diversity import distinct_n
 from llmkit.task_interface import Prediction, Question
+from llmkit.tasks.messages import read_messages
 from llmkit.tokenizers.chat_template import PLAIN
 from llmkit.tokenizers.hf_json import HFTokenizer
 from tests.unit.tasks.support import ask, task
@@ -331,14 +332,43 @@ def test_the_oldest_exchanges_are_cut_whole(style: str) -> None:
             assert row.answer.n_cut == len(whole.ids) - len(wanted.ids), n
         with pytest.raises(BadExample, match=r"^too long$"):
             row_of(messages, tokenizer, len(wanted.ids))
+    last = row_of(messages, tokenizer, len(smaller[5].ids) - 1, cut=True)
+    assert last.answer is not None
+    assert last.answer.n_cut > len(whole.ids) - len(smaller[5].ids), "of one exchange, the end of the question"
     with pytest.raises(BadExample, match=r"^too long$"):
-        row_of(messages, tokenizer, len(smaller[5].ids) - 1, cut=True)
+        row_of(messages, tokenizer, 8, cut=True)
     chat = task("chat")
     question = ask(chat, answered=False, messages=messages)
     short = chat.prompt(question, tokenizer, "decoder", len(smaller[4].ids))
     assert list(short) == chat.prompt(
         ask(chat, messages=turns(*said[8:], system="Be kind.")), tokenizer, "decoder", WIDE
     )
+
+
+@pytest.mark.parametrize("style", ["chatml", "plain"])
+def test_a_question_that_is_too_long_alone_loses_its_end(style: str) -> None:
+    """No more of it than has to go, nothing of the answer; what is asked for an answer is cut in the same way."""
+    tokenizer, chat = chatting("bpe", style), task("chat")
+    question = " ".join(f"word{number}" for number in range(60))
+    whole, short = (row_of(turns(text, "The answer."), tokenizer) for text in (question, question[:200]))
+    for room in (len(short.ids), len(short.ids) + 1):
+        row = row_of(turns(question, "The answer."), tokenizer, room, cut=True)
+        assert room - 3 <= len(row.ids) <= room
+        assert row.answer is not None
+        assert row.answer.n_cut == len(whole.ids) - len(row.ids)
+        trained, wanted = (r.ids[r.answer.trained].tolist() for r in (row, whole))  # type: ignore[union-attr,index]
+        assert trained == wanted
+        with pytest.raises(BadExample, match=r"^too long$"):
+            row_of(turns(question, "The answer."), tokenizer, room)
+    asked = ask(chat, answered=False, messages=turns(question))
+    assert 37 <= len(chat.prompt(asked, tokenizer, "decoder", 40)) <= 40
+    with pytest.raises(BadExample, match=r"^too long$"):
+        row_of(turns("a", "many words " * 50), tokenizer, 40, cut=True)
+
+
+def test_an_empty_turn_of_the_system_is_none() -> None:
+    asked = turns("Hi", "Hello.")
+    assert read_messages([{"role": "system", "content": " "}, *asked], answered=True) == asked
 
 
 def test_an_encoder_decoder_reads_what_was_said_and_writes_the_turn() -> None:

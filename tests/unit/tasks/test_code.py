@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from llmkit.errors import BadExample
 from llmkit.task_interface import Question
-from llmkit.tasks.code import extract, is_python, program, tidy
+from llmkit.tasks.code_program import calls_of, extract, is_python, program, tidy
 from tests.unit.tasks.support import PatternTokenizer, ask, task, written
 
 RECORD = {
@@ -22,7 +23,9 @@ def test_a_record_is_tidied() -> None:
         "instruction": "Add two numbers.",
         "signature": "",
         "setup": "import math",
+        "entry_point": "",
         "tests": ["assert add(1, 2) == 3"],
+        "calls": [],
         "code": "def add(a, b):\n    return a + b",
     }
 
@@ -48,6 +51,8 @@ def test_the_row_ends_in_the_code() -> None:
         ("```\n  x = 1\n  y = 2", "x = 1\ny = 2"),
         ("```py\nx\n```\n```py\ny\n```", "x"),
         ("x = '```'", "x = '```'"),
+        ("~~~python\nx = 1\n~~~", "x = 1"),
+        ("```py title=a.py\nx\n```", "x"),
         ("", ""),
     ],
 )
@@ -64,7 +69,9 @@ def test_python(code: str) -> None:
     assert is_python(code)
 
 
-@pytest.mark.parametrize("code", ["", "# nothing", "x = ", "def f(:", "x\0y", "(" * 1000, "-" * 100_000 + "1", "é ="])
+@pytest.mark.parametrize(
+    "code", ["", "# nothing", "x = ", "def f(:", "x\0y", "(" * 1000, "-" * 100_000 + "1", "é =", "return 1"]
+)
 def test_no_python(code: str) -> None:
     assert not is_python(code)
 
@@ -73,10 +80,55 @@ def test_a_program_is_answer_setup_and_tests() -> None:
     question = ask(task("code"), **RECORD)
     text = "```python\ndef add(a, b):\n    return a + b\n```"
     assert program(question, text).splitlines() == [
-        *("def add(a, b):", "    return a + b", "import math", "assert add(1, 2) == 3")
+        *("def add(a, b):", "    return a + b", "", "import math", "assert add(1, 2) == 3")
     ]
-    bare = Question({"setup": "", "tests": ["assert 1", "assert 2"]}, "", 0)
-    assert program(bare, "x").splitlines() == ["x", "assert 1", "assert 2"]
+    bare = Question({"setup": "", "tests": ["assert 1", "assert 2"], "entry_point": "", "calls": []}, "", 0)
+    assert program(bare, "x").splitlines() == ["x", "", "assert 1", "assert 2"]
+
+
+HUMAN_EVAL = {
+    "prompt": 'def half(n: int) -> int:\n    """Half of n."""\n',
+    "canonical_solution": "    rest = n % 2\n    return (n - rest) // 2\n",
+    "test": "METADATA = {}\n\ndef check(candidate):\n    assert candidate(5) == 2\n",
+    "entry_point": "half",
+}
+
+
+def test_rows_of_the_shape_of_human_eval() -> None:
+    """The function to be tested is given to ``check``; bodies get their head; the model does not see the tests."""
+    job = task("code")
+    columns = {role: next(name for name in names if name in HUMAN_EVAL) for role, names in job.roles.items()
+               if any(name in HUMAN_EVAL for name in names)}  # fmt: skip
+    question = ask(job, **{role: HUMAN_EVAL[column] for role, column in columns.items()})
+    assert question.fields["code"].startswith("def half(n: int)")
+    assert "check" not in job.filled(question, "decoder").text
+    right = ["rest = n % 2\n    return (n - rest) // 2", "    return n // 2\n", "return n // 2"]
+    right += [question.fields["code"], "```python\ndef half(n):\n    return n // 2\n```"]
+    for text in right:
+        exec(compile(program(question, text), "right", "exec"), {})
+    for text in ("", "    return n", "def half(n):\n    return n", "pass", "x = ("):
+        with pytest.raises((AssertionError, NameError, SyntaxError)):
+            exec(compile(program(question, text), "wrong", "exec"), {})
+
+
+def test_tests_that_would_run_nothing() -> None:
+    assert calls_of(
+        ["def test_a():\n    assert f(1)", "def test_b(x=1):\n    pass", "def helper():\n    pass"], ""
+    ) == ["test_a()"]
+    assert calls_of(["def check(c):\n    assert c(1)", "check(f)"], "f") == calls_of([], "f") == []
+    for tests in (
+        ["def check(c):\n    assert c(1)"],
+        ["import unittest\nclass T(unittest.TestCase):\n    def test(self):\n        assert f(1)"],
+        ["def helper():\n    pass\nif __name__ == '__main__':\n    assert f(1)"],
+    ):
+        with pytest.raises(BadExample, match="tests that run nothing"):
+            calls_of(tests, "")
+
+
+def test_the_end_of_an_answer_swallows_no_test() -> None:
+    question = ask(task("code"), **(RECORD | {"setup": ""}))
+    with pytest.raises(IndentationError):
+        compile(program(question, "if 0: \\"), "answer", "exec")
 
 
 def test_settings_of_running() -> None:

@@ -115,7 +115,7 @@ def test_code_that_is_run(calls: list[Any]) -> None:
     said = [Prediction("x", samples=("y",)), Prediction("z"), Prediction("w", samples=("v",))]
     found = job.metrics(questions, said)
     (programs, limits, insecure), *_ = (arguments for name, arguments in calls if name == "run_tests")
-    assert programs == [f"{text}\nimport re\nassert good\n" for text in "xywv"], "the setup may use the code"
+    assert programs == [f"{text}\n\nimport re\nassert good\n" for text in "xywv"], "the setup may use the code"
     assert (vars(limits), insecure) == ({"seconds": 10.0, "memory_mb": 512}, False)
     assert (found["pass_at_1"], found["pass_at_2"], found["n_tested"]) == (1.0, 1.0, 2.0)
     assert "pass_at_5" not in found

@@ -86,7 +86,7 @@ def show_best(trainer: Trainer, folder: RunFolder) -> None:
     progress, name = trainer.progress, trainer.best_metric.name
     best = folder.checkpoints / f"step_{progress.best_step}"
     if progress.best_value is not None and progress.best_step < progress.step and best.is_dir():
-        log.info("%s was best after step %d (%.4f): init=%s", name, progress.best_step, progress.best_value, best)
+        log.info("%s was best after step %d (%.4f): %s", name, progress.best_step, progress.best_value, best)
 
 
 def outcome_of(error: BaseException) -> tuple[str, int]:

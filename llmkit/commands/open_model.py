@@ -43,6 +43,8 @@ def open_model(folder: Path, *, head: HeadConfig | None = None, **options: Any) 
     if _adapter_keys(folder).get("task_type") in WRITERS:
         detach_head(model)  # the model may have had one before
     load_adapter(model, folder)  # with the rows of tokens that came with it
+    if head_of(model) is not None:
+        log.info("the values of the head are those of %s", folder)
     merge(model)
     model.requires_grad_(True)
     if head is not None:

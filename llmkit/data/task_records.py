@@ -203,6 +203,12 @@ def match_columns(
         names = " and ".join(map(repr, missing))
         fix = f"say which it is: {' '.join(f'data.columns.{role}=...' for role in missing)}"
         what = f"no column for {names}; there are {_listed(present)}"
+        marks = (
+            [mark for mark in ";\t|," if mark in present[0]] if len(present) == 1 and where.endswith(_TABLES) else []
+        )
+        for mark in marks:
+            fix = f"the columns seem to be parted by {mark!r}: write the table with commas as .csv or with tabs as .tsv"
+            raise DataError(what, where=where, fix=fix)
         raise DataError(what, where=where, fix=fix + _no_header(where, missing))
     return {role: found[role] for role in roles if role in found}
 

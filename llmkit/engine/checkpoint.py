@@ -114,6 +114,11 @@ class CheckpointStore:
             fix="restore one of them from a copy, or start a new run under another run.name",
         )
 
+    def best(self) -> Checkpoint | None:
+        """The newest valid checkpoint that was the best when it was written, so that it still is; None without any."""
+        step = next((s for s in reversed(self.steps()) if (found := self._valid(s)) is not None and found.best), None)
+        return None if step is None else open_checkpoint(self._place(step))
+
     def save(
         self,
         step: int,

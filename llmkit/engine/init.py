@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 from difflib import get_close_matches
@@ -16,6 +17,10 @@ from llmkit.gguf_file import SUFFIX
 from llmkit.models.hf.weight_files import ADAPTER_CONFIG, PICKLES
 from llmkit.redact import redact_text
 from llmkit.safe_files import read_text
+
+CONFIG = "config.yaml"
+
+log = logging.getLogger("llmkit.models")
 
 HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?(@[\w./-]+)?")
 TEMPLATES = "additional_chat_templates"  # the one subfolder that belongs to a tokenizer
@@ -33,7 +38,7 @@ def resolve_init(init: str) -> Path:
     """The model folder behind ``init``: ``config.json``, weights in safetensors, tokenizer files; or a ``.gguf`` file.
 
     A folder that holds one ``.gguf`` file and no ``config.json`` gives that file. A run folder gives its newest valid
-    checkpoint. ``owner/name@revision`` pins a hub model. No code in it is ever run.
+    checkpoint, that of a fine-tuning run its best. ``owner/name@revision`` pins a hub model. No code in it is ever run.
     Errors: ``ConfigError`` for what does not exist, ``CheckpointError`` for what cannot be trusted or read,
     ``SetupError`` when the hub cannot be reached.
     """
@@ -57,17 +62,30 @@ def _model_in(folder: Path) -> Path:
     if (folder / "checkpoints").is_dir():
         folder = folder / "checkpoints"
     if folder.name == "checkpoints" or any(STEP_FOLDER.fullmatch(entry.name) for entry in folder.iterdir()):
-        newest = CheckpointStore(folder, keep_last=2, keep_best=False).newest()
+        store = CheckpointStore(folder, keep_last=2, keep_best=False)
+        newest = store.newest()
         if newest is None:
             raise CheckpointError(
                 "this run has not saved a checkpoint yet",
                 where=str(folder),
                 fix="let it reach engine.save_every, or its end",
             )
-        return newest.model
+        best = store.best() if _is_fine_tuned(folder.parent) else None
+        if best is not None and best.step != newest.step:
+            log.info("%s: the best checkpoint is that of step %d, of %d", folder.parent, best.step, newest.step)
+        return (best or newest).model
     if (folder / MANIFEST).is_file() or (folder / MODEL).is_dir():
         return open_checkpoint(folder).model
     return _checked(folder)
+
+
+def _is_fine_tuned(run: Path) -> bool:
+    """Whether the run was scored on a task, and is meant to be used where it scored best."""
+    try:
+        lines = read_text(run / CONFIG).splitlines()
+    except (OSError, ValueError, CheckpointError):
+        return False
+    return any(line.startswith("task:") for line in lines)
 
 
 def _checked(folder: Path) -> Path:

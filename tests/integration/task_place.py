@@ -10,6 +10,7 @@ from typing import Any
 from llmkit.cli import main
 from llmkit.config.build import build
 from llmkit.config.compose import compose
+from llmkit.engine.init import resolve_init
 from llmkit.models.hf import save_model
 from llmkit.tokenizers.load import load_tokenizer
 from llmkit.tokenizers.save import save_tokenizer
@@ -120,6 +121,12 @@ class Place:
         row = next(row for row in reversed(self.rows(name)) if "val/loss" in row)
         return {key.removeprefix("val/"): value for key, value in row.items() if key.startswith("val/")}
 
+    def best_scores(self, name: str) -> dict[str, float]:
+        """Those of the checkpoint that ``init=<run>`` opens."""
+        step = int(opened_model(self.run(name)).parent.name.removeprefix("step_"))
+        row = next(row for row in self.rows(name) if row["step"] == step and "val/loss" in row)
+        return {key.removeprefix("val/"): value for key, value in row.items() if key.startswith("val/")}
+
 
 def without_repeats(words: list[str]) -> list[str]:
     """The last value of every key; a key may be given once."""
@@ -130,3 +137,8 @@ def newest_model(run: Path) -> Path:
     """The model in a run's last checkpoint."""
     steps = sorted((run / "checkpoints").glob("step_*"), key=lambda folder: int(folder.name[5:]))
     return steps[-1] / "model"
+
+
+def opened_model(run: Path) -> Path:
+    """The model that ``init=<run>`` opens: that of the best checkpoint."""
+    return resolve_init(str(run))

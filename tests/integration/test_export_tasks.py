@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from llmkit.cli import main
 from llmkit.commands.open_model import open_model, open_tokenizer
 from llmkit.models.hf import load_model
-from tests.integration.task_place import Place, newest_model, row_of
+from tests.integration.task_place import Place, opened_model, row_of
 
 transformers = pytest.importorskip("transformers")
 needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
@@ -63,10 +63,10 @@ def test_a_classifier(place: Place, kind: str, tmp_path: Path, capsys: pytest.Ca
         assert {model.config.id2label[i]: p for i, p in enumerate(odds)} == pytest.approx(answer["scores"], abs=1e-6)
     assert matter(card)["pipeline_tag"] == "text-classification"
     n_written = sum(tensor.numel() for tensor in load_file(out / "model.safetensors").values())
-    scores = place.scores(run.name)
+    scores = place.best_scores(run.name)
     lines = ["task | Sentiment(labels=None)", "answers with | 2 classes: negative, positive", "rows | sentiment.jsonl"]
     lines += ["columns | text, label", f"parameters | {n_written:,}", f"val/macro_f1 | {scores['macro_f1']:.6g}"]
-    best = json.loads((newest_model(run).parent / "state.json").read_text())["progress"]["best_step"]
+    best = json.loads((opened_model(run).parent / "state.json").read_text())["progress"]["best_step"]
     lines += [f"best step | {best}, by val/accuracy", "started from | " + kind]
     for line in lines:
         assert f"| {line} |" in card, line
@@ -151,9 +151,9 @@ def test_an_adapter_is_merged(llama: Path, tuned: Path, tmp_path: Path) -> None:
     from peft import PeftModel
 
     out, card = exported(tuned, tmp_path / "out")
-    base = transformers.AutoModelForCausalLM.from_pretrained(newest_model(llama))
+    base = transformers.AutoModelForCausalLM.from_pretrained(opened_model(llama))
     before = logits_there(base)
-    expected = logits_there(PeftModel.from_pretrained(base, newest_model(tuned)))
+    expected = logits_there(PeftModel.from_pretrained(base, opened_model(tuned)))
     found = logits_there(transformers.AutoModelForCausalLM.from_pretrained(out))
     assert float((expected - before).abs().max()) > 0.01
     assert torch.allclose(found, expected, atol=1e-5)
@@ -168,7 +168,7 @@ def test_a_merged_adapter_as_gguf(tuned: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     out, _ = exported(tuned, tmp_path / "out", "format=gguf", "dtype=float32")
     merged, again = (
-        dict(model.named_parameters()) for model in (open_model(newest_model(tuned)), load_model(out / "model.gguf"))
+        dict(model.named_parameters()) for model in (open_model(opened_model(tuned)), load_model(out / "model.gguf"))
     )
     assert all(torch.allclose(again[name], tensor, atol=1e-6) for name, tensor in merged.items())
 
@@ -179,7 +179,7 @@ def test_an_adapter_that_peft_made(llama: Path, tmp_path: Path) -> None:
     """Its folder has no tokenizer: that of its model goes with it."""
     from peft import LoraConfig, get_peft_model
 
-    base = transformers.AutoModelForCausalLM.from_pretrained(newest_model(llama))
+    base = transformers.AutoModelForCausalLM.from_pretrained(opened_model(llama))
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     torch.manual_seed(0)
     adapted = get_peft_model(base, config)
@@ -191,7 +191,7 @@ def test_an_adapter_that_peft_made(llama: Path, tmp_path: Path) -> None:
     out, card = exported(tmp_path / "adapter", tmp_path / "out")
     found = logits_there(transformers.AutoModelForCausalLM.from_pretrained(out))
     assert torch.allclose(found, logits_there(adapted), atol=1e-5)
-    assert open_tokenizer(out).fingerprint == open_tokenizer(newest_model(llama)).fingerprint
+    assert open_tokenizer(out).fingerprint == open_tokenizer(opened_model(llama)).fingerprint
     assert "| started from | llama |" in card
     assert "| adapter | LoRA, rank 3, alpha 6, on q_proj, v_proj; merged" in card
 
@@ -214,5 +214,5 @@ def test_a_model_to_talk_with(place: Place, tmp_path: Path, capsys: pytest.Captu
     assert "chat template               6 prompts equal, 0 refused by it" in capsys.readouterr().out
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     chat = [{"role": "user", "content": "say 7"}]
-    ours = open_tokenizer(newest_model(run)).render_chat(chat, add_generation_prompt=True)
+    ours = open_tokenizer(opened_model(run)).render_chat(chat, add_generation_prompt=True)
     assert theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == ours

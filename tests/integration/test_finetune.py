@@ -15,7 +15,7 @@ from llmkit.commands.open_model import check_base, open_model
 from llmkit.errors import CheckpointError
 from llmkit.models.hf import load_model
 from llmkit.tokenizers.load import load_tokenizer
-from tests.integration.task_place import N_ROWS, Place, newest_model, row_of
+from tests.integration.task_place import N_ROWS, Place, newest_model, opened_model, row_of
 
 METRICS = {
     "sentiment": {"accuracy", "macro_f1", "mcc"},
@@ -134,7 +134,7 @@ def test_evaluation_repeats_the_validation_of_the_run(
 ) -> None:
     """Its rows, its prompts, its length of rows and how it writes, though the command line names none of them."""
     run = place.done(task, kind, *more)
-    found, scores = evaluated(run, task, capsys), place.scores(run.name)
+    found, scores = evaluated(run, task, capsys), place.best_scores(run.name)
     assert {name: found[name] for name in METRICS[task]} == {name: scores[name] for name in METRICS[task]}
     answers = (run / "samples" / "answers.jsonl").read_text().splitlines()
     assert found["n_questions"] == len(answers)
@@ -280,6 +280,7 @@ def test_the_metric_that_was_named_picks_the_best_checkpoint(place: Place, capsy
     steps = {int(folder.name[5:]) for folder in place.run("best").glob("checkpoints/step_*")}
     assert best in steps
     assert max(best_of(place, "best")) == best
+    assert opened_model(place.run("best")).parent.name == f"step_{best}", "init=<run> opens it"
     said = capsys.readouterr().err
     assert (f"step_{best}" in said) == (best != 20)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from llmkit.cli import main
-from tests.integration.task_place import N_ROWS, PROMPTS, Place, newest_model, row_of
+from tests.integration.task_place import N_ROWS, PROMPTS, Place, opened_model, row_of
 
 QUIET = ["engine.n_threads=1", "engine.device=cpu", "generation.max_new_tokens=4"]
 Said = pytest.CaptureFixture[str]
@@ -53,11 +53,10 @@ def test_evaluation_of_other_tasks(place: Place, task: str, kind: str, capsys: S
 @pytest.mark.parametrize(("task", "kind"), [("chat", "decoder"), ("translation", "encoder_decoder")])
 def test_the_loss_is_that_of_the_run(place: Place, task: str, kind: str, capsys: Said) -> None:
     run = place.done(task, kind)
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    last = [row for row in rows if "val/loss" in row][-1]
+    scores = place.best_scores(run.name)
     found = json.loads(ask(capsys, "evaluate", f"task={task}", f"init={run}", *QUIET))
     for name in ("loss", "accuracy", "ppl"):
-        assert found[name] == pytest.approx(last[f"val/{name}"], rel=1e-6)
+        assert found[name] == pytest.approx(scores[name], rel=1e-6)
 
 
 # -- predict --------------------------------------------------------------------------------------------------------
@@ -71,7 +70,7 @@ def test_probabilities_are_those_of_transformers(place: Place, tmp_path: Path, c
     ask(capsys, "predict", f"init={run}", "--file", str(file), "--out", str(out), *QUIET)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["where"] for row in rows] == [f"{file}:{line}" for line in range(1, N_ROWS + 1)]
-    folder = newest_model(run)
+    folder = opened_model(run)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for row in rows[:5]:

@@ -6,6 +6,7 @@ transformers reads the model without it; llmkit finds it again. Torch is importe
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from llmkit.models.hf.task_heads import ACTIVATION, MODULE, shape_of
 from llmkit.models.hf.weight_files import WEIGHTS, kind_of, list_tensors, read_json, read_tensor, write_tensors
 
 CONFIG = "config.json"
+
+log = logging.getLogger("llmkit.models")
 
 
 def save_wrapped_head(model: Any, folder: Path) -> None:
@@ -58,6 +61,7 @@ def load_wrapped_head(model: Any, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in stored.items():
             fill(Row(name, (name,)), read_tensor(tensor), state, tensor.where)
+    log.info("the values of the head are those of %s", place)
 
 
 def _read_config(keys: Keys, model: Any) -> HeadConfig:

@@ -54,6 +54,12 @@ def test_a_table_may_have_no_header() -> None:
     assert caught.value.fix.endswith("by number: data.columns.text=1 data.columns.label=2")
 
 
+def test_a_table_parted_by_other_marks() -> None:
+    with pytest.raises(DataError) as caught:
+        match("text;label", where="a.csv")
+    assert "seem to be parted by ';'" in caught.value.fix
+
+
 def test_a_column_has_one_role() -> None:
     roles = {"extra": ("extra", "note"), "first": ("first", "note", "second"), "second": ("second", "note")}
     optional = ("extra",)

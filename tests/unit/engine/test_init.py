@@ -70,6 +70,20 @@ def test_a_damaged_newest_checkpoint_of_a_run_is_skipped(work: Path) -> None:
         resolve_init("runs/mine/checkpoints/step_20")
 
 
+@pytest.mark.parametrize(("config", "step"), [("task:\n  _target_: x\n", 20), ("data:\n  path: x\n", 30)])
+def test_a_fine_tuned_run_gives_its_best_checkpoint(tmp_path: Path, config: str, step: int) -> None:
+    """The newest of those that were the best when they were written; of a run on text the newest of all."""
+    run = tmp_path / "runs" / "tuned"
+    store = make_store(run / "checkpoints", keep_last=5, keep_best=True)
+    for number, best in ((10, True), (20, True), (30, False)):
+        save(store, number, best=best)
+    (run / "config.yaml").write_text(config)
+    for init in (run, run / "checkpoints"):
+        assert resolve_init(str(init)).parent.name == f"step_{step}"
+    (run / "checkpoints" / "step_20" / "model" / "model.safetensors").write_bytes(b"damaged")
+    assert resolve_init(str(run)).parent.name == ("step_10" if step == 20 else "step_30")
+
+
 def test_a_run_without_a_checkpoint(work: Path) -> None:
     (work / "runs/new/checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError, match="has not saved a checkpoint yet"):

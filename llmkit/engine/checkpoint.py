@@ -63,7 +63,10 @@ class Checkpoint:
 
 def open_checkpoint(folder: Path) -> Checkpoint:
     """Verify one checkpoint folder and read its state. Errors: ``CheckpointError`` with the reason."""
-    manifest = verify(folder)
+    return _with_state(folder, verify(folder))
+
+
+def _with_state(folder: Path, manifest: Manifest) -> Checkpoint:
     return Checkpoint(folder, manifest.step, json.loads((folder / STATE).read_bytes()), manifest)
 
 
@@ -116,8 +119,11 @@ class CheckpointStore:
 
     def best(self) -> Checkpoint | None:
         """The newest valid checkpoint that was the best when it was written, so that it still is; None without any."""
-        step = next((s for s in reversed(self.steps()) if (found := self._valid(s)) is not None and found.best), None)
-        return None if step is None else open_checkpoint(self._place(step))
+        for step in reversed(self.steps()):
+            manifest = self._valid(step)
+            if manifest is not None and manifest.best:
+                return _with_state(self._place(step), manifest)
+        return None
 
     def save(
         self,

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
+from llmkit.commands import export as command
 from llmkit.commands.export import run
+from llmkit.commands.exported import Exported
 from llmkit.commands.training import write_model
 from llmkit.config.build import build
 from llmkit.config.choices import recipes_dir
 from llmkit.config.schema import ExportConfig
+from llmkit.errors import CheckpointError
 from llmkit.interfaces import Tokenizer
 from llmkit.models.head_config import HeadConfig
 from llmkit.models.heads import attach_head
@@ -82,3 +87,19 @@ def config(init: Path | str, out: Path, format: str = "hf", dtype: str = "float3
 def export(*args: Any, **kwargs: Any) -> int:
     """``llmkit export`` with these values."""
     return run(config(*args, **kwargs), None)  # type: ignore[arg-type]
+
+
+def export_spoilt(
+    source: Path, out: Path, spoil: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch, match: str
+) -> CheckpointError:
+    """The error of an export whose files are spoilt between writing and checking."""
+    check = command.check_export
+
+    def spoilt(exported: Exported) -> Any:
+        spoil(exported.folder)
+        return check(exported)
+
+    monkeypatch.setattr(command, "check_export", spoilt)
+    with pytest.raises(CheckpointError, match=match) as caught:
+        export(source, out)
+    return caught.value

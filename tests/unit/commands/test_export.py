@@ -19,7 +19,7 @@ from llmkit.commands.exported import Exported
 from llmkit.engine import files
 from llmkit.errors import CheckpointError, ConfigError, NumericsError, Stopped
 from llmkit.models.hf import load_model
-from tests.unit.commands.exporting import export, write_source
+from tests.unit.commands.exporting import export, export_spoilt, write_source
 
 transformers = pytest.importorskip("transformers")
 
@@ -292,16 +292,8 @@ def test_a_fault_is_found_and_nothing_is_published(
     name: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil, message = FAULTS[name]
-    check = command.check_export
-
-    def spoilt(exported: Exported) -> Any:
-        spoil(exported.folder)
-        return check(exported)
-
-    monkeypatch.setattr(command, "check_export", spoilt)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        export(llama, tmp_path / "out")
-    assert "nothing was published" in caught.value.fix
+    caught = export_spoilt(llama, tmp_path / "out", spoil, monkeypatch, match=message)
+    assert "nothing was published" in caught.fix
     assert left_over(tmp_path / "out") == []
 
 

@@ -10,15 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmkit.commands import export as command
 from llmkit.commands import head_check
-from llmkit.commands.exported import Exported, Subject
+from llmkit.commands.exported import Subject
 from llmkit.errors import CheckpointError, ConfigError
 from llmkit.models.head_config import HeadConfig
 from llmkit.models.hf import load_model
 from llmkit.tokenizers.load import load_tokenizer
 from llmkit.tokenizers.save import save_tokenizer
-from tests.unit.commands.exporting import export, write_tuned
+from tests.unit.commands.exporting import export, export_spoilt, write_tuned
 from tests.unit.commands.test_export import change_json, change_weights, left_over
 
 pytest.importorskip("transformers")
@@ -146,16 +145,8 @@ def test_a_fault_is_found_and_nothing_is_published(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     fixture, spoil, message = FAULTS[name]
-    check = command.check_export
-
-    def spoilt(exported: Exported) -> Any:
-        spoil(exported.folder)
-        return check(exported)
-
-    monkeypatch.setattr(command, "check_export", spoilt)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        export(request.getfixturevalue(fixture), tmp_path / "out")
-    assert "nothing was published" in caught.value.fix
+    caught = export_spoilt(request.getfixturevalue(fixture), tmp_path / "out", spoil, monkeypatch, match=message)
+    assert "nothing was published" in caught.fix
     assert left_over(tmp_path / "out") == []
 
 

@@ -49,7 +49,11 @@ coverage: install  ## branch coverage of config, data and engine
 	$(BIN)/python -m pytest -m 'not slow and not gpu' --cov --cov-report=term
 
 .PHONY: bench
-bench: install  ## what the engine costs beside a plain PyTorch loop
+bench: install  ## training speed beside a plain loop and transformers' Trainer, in turns
+	$(BIN)/python -m tests.bench.speed A
+
+.PHONY: bench-engine
+bench-engine: install  ## what the engine costs beside a plain PyTorch loop on the same model
 	$(BIN)/python -m tests.bench.engine_cost
 
 .PHONY: bench-data

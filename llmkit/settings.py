@@ -40,11 +40,13 @@ class EngineConfig:
     micro_batch_size: Annotated[int, Range(1)]
     grad_accum_steps: Annotated[int, Range(1)]
     max_grad_norm: Annotated[float | None, Range(0)]
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
     device: str
     n_threads: Annotated[int | None, Range(1)]
-    compile: bool
-    activation_checkpointing: bool
+    compile: Literal["auto", True, False]
+    fp32_matmul: Literal["auto", "highest", "high", "medium"]
+    attention: Literal["auto", "sdpa", "matmul"]
+    memory: Literal["fast", "low"]
     log_every: Annotated[int, Range(1)]
     eval_every: Annotated[int | None, Range(1)]
     eval_batch_size: Annotated[int | None, Range(1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch.optim import Optimizer
 
+from llmkit.commands.automatic import CHOICES, Workload, apply, attention_shape, settle
 from llmkit.config.build import build
 from llmkit.config.schema import FinetuneConfig, PretrainConfig
+from llmkit.data.cache import cache_root
 from llmkit.data.loader import TrainBatches, check_enough, eval_batches
 from llmkit.data.sampler import SampleOrder
 from llmkit.engine.best_metric import BestMetric
 from llmkit.engine.checkpoint import Checkpoint, CheckpointStore
-from llmkit.engine.device import device_name, make_accelerator
+from llmkit.engine.device import device_name, make_accelerator, pick_device
 from llmkit.engine.evaluate import EvalSet, TrainModule
 from llmkit.engine.limits import global_batch_size, grad_accum_steps_for, steps_to_run
 from llmkit.engine.manifest import config_hash
@@ -145,13 +148,15 @@ def assemble(
     model, objective, checkpoint = work.model, work.objective, start.checkpoint
     n_kept = cfg.engine.keep_last + cfg.engine.keep_best + 1  # one more while the newest is being written
     start.store.check_space(n_kept * 3 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad))
-    accelerator = make_accelerator(cfg.engine)
-    rank, world_size = accelerator.process_index, accelerator.num_processes
-    engine = engine_for(cfg.engine, world_size, checkpoint)
+    order = SampleOrder(tuple(data.n_sequences for data in work.train), work.weights, cfg.run.seed)
+    cfg = replace(cfg, engine=settled_engine(cfg, work, checkpoint, order.n_samples))
+    engine = cfg.engine
+    accelerator = make_accelerator(engine)
+    apply(engine, model)
     collate = partial(objective.collate, seq_len=work.seq_len, ids=work.tokenizer.token_ids())
-    batches = train_batches(cfg, work, engine, collate, rank, world_size)
-    batch_size = global_batch_size(engine, world_size)
-    run = describe_run(cfg, work, start, folder, batch_size, batches.order.n_samples)
+    batches = train_batches(work, order, engine, collate, accelerator)
+    batch_size = global_batch_size(engine, accelerator.num_processes)
+    run = describe_run(cfg, work, start, folder, batch_size, order.n_samples)
     check_warmup(cfg.schedule, run.max_steps)
     trainer = Trainer(
         accelerator=accelerator,
@@ -166,7 +171,7 @@ def assemble(
         best_metric=BestMetric.of(engine.best_metric, work.usual_metric),
         evaluate_first=work.evaluate_first,
         record=recorder,
-        save=checkpoint_writer(start, recorder, work.save_model),
+        save=checkpoint_writer(start, engine, recorder, work.save_model),
         stop_requested=stop_requested,
         callbacks=[build(node, tokenizer=work.tokenizer) for node in cfg.callbacks.values()],
         run=run,
@@ -174,7 +179,7 @@ def assemble(
             objective.metrics,
             flops_per_token(objective, model.config, work.seq_len),
             peak_flops(device_name(accelerator.device), engine.precision),
-            world_size,
+            accelerator.num_processes,
             accelerator.device.type,
         ),
     )
@@ -202,11 +207,26 @@ def go_on(trainer: Trainer, checkpoint: Checkpoint | None, recorder: Recorder) -
     log.info("%s %s after step %d", trainer.run.name, done, checkpoint.step)
 
 
+def settled_engine(cfg: Config, work: Work, checkpoint: Checkpoint | None, n_samples: int) -> EngineConfig:
+    """The engine section of this run: the micro-batches of its checkpoint, and nothing left to ``auto``."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    engine = engine_for(cfg.engine, world_size, checkpoint)
+    tokens = max(1, round(work.tokens_per_row))
+    batch_size = global_batch_size(engine, world_size)
+    steps = steps_to_run(engine, batch_size=batch_size, seq_len=tokens, n_sequences=n_samples)
+    config = work.model.config
+    flops = flops_per_token(work.objective, config, work.seq_len) * tokens * batch_size * steps / world_size
+    workload = Workload(flops, attention_shape(config, work.seq_len), can_compile=work.command == "pretrain")
+    state = {} if checkpoint is None else checkpoint.state
+    cache = cache_root(getattr(cfg.data, "cache_dir", None))
+    return settle(engine, pick_device(engine.device), workload, state=state, cache=cache)
+
+
 def train_batches(
-    cfg: Config, work: Work, engine: EngineConfig, collate: Collate, rank: int, world_size: int
+    work: Work, order: SampleOrder, engine: EngineConfig, collate: Collate, accelerator: Accelerator
 ) -> TrainBatches:
     """This rank's share of the training rows, in an order that no number of ranks changes."""
-    order = SampleOrder(tuple(data.n_sequences for data in work.train), work.weights, cfg.run.seed)
+    rank, world_size = accelerator.process_index, accelerator.num_processes
     check_enough(order.n_samples, global_batch_size(engine, world_size), of_task=work.command == "finetune")
     sizes = engine.micro_batch_size, engine.grad_accum_steps
     return TrainBatches(work.train, order, collate, *sizes, rank, world_size)
@@ -250,7 +270,7 @@ def describe_run(cfg: Config, work: Work, start: Start, folder: Path, batch_size
 
 
 def checkpoint_writer(
-    start: Start, recorder: Recorder, save_model: Callable[[Path], None]
+    start: Start, engine: EngineConfig, recorder: Recorder, save_model: Callable[[Path], None]
 ) -> Callable[[Trainer, bool], None]:
     """The trainer's ``save``: weights as a Hugging Face folder, optimizer, progress; published by one rename."""
 
@@ -261,6 +281,7 @@ def checkpoint_writer(
             "metrics_offset": recorder.secured_offset(),
             "metrics": recorder.latest,
             "data_key": start.data_key,
+            "choices": {name: getattr(engine, name) for name in CHOICES},
         }
         tensors = trainer.optimizer_tensors()
         start.store.save(trainer.progress.step, state=state, tensors=tensors, write_model=save_model, best=best)

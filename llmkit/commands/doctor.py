@@ -123,7 +123,12 @@ def devices(missing: list[str]) -> Rows:
     fast = "bf16 in hardware" if {"avx512_bf16", "amx_bf16", "bf16"} & flags else "bf16 emulated, slower than fp32"
     yield "cpu", f"{cpu_name()}; {fast}; {' '.join(flag for flag in CPU_FLAGS if flag in flags) or 'flags unknown'}"
     yield "threads", f"{torch.get_num_threads()} of torch, {cores()} cores for this process, {os.cpu_count()} in all"
-    yield "compiler", shutil.which("g++") or shutil.which("clang++") or "none: engine.compile=true needs one on a CPU"
+    yield "compiler", compiler() or "none: engine.compile=true needs one on a CPU"
+
+
+def compiler() -> str | None:
+    """The C++ compiler that torch.compile would call on a CPU."""
+    return shutil.which("g++") or shutil.which("clang++")
 
 
 def cores() -> int:

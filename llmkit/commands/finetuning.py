@@ -271,10 +271,6 @@ def starting_model(cfg: FinetuneConfig, task: Task, beginning: Beginning, start:
         model = base_model(beginning, head, cfg.run.seed)
     check_vocabulary(beginning.tokenizer.vocab_size, model.config.vocab_rows)
     choose_trained(cfg, model, beginning, checkpoint)
-    if cfg.engine.activation_checkpointing:
-        model.set_activation_checkpointing(True)
-    if cfg.engine.compile:
-        model.compile_blocks()
     return model
 
 

@@ -16,7 +16,7 @@ from llmkit.models.transformers_config import TransformersConfig
 from llmkit.objectives.pairing import flops_per_token
 
 GIB = 1 << 30
-BYTES_PER_VALUE = {"fp32": 4, "bf16": 2, "fp16": 2}
+BYTES_PER_VALUE = {"auto": 4, "fp32": 4, "bf16": 2, "fp16": 2}  # auto: the most it can be
 
 
 def show_plan(cfg: PretrainConfig, args: argparse.Namespace) -> int:
@@ -92,7 +92,7 @@ def memory_estimate(cfg: PretrainConfig, model: ModelConfig) -> dict[str, int]:
             cfg.engine.micro_batch_size,
             seq_len,
             value_bytes=BYTES_PER_VALUE[cfg.engine.precision],
-            checkpointing=cfg.engine.activation_checkpointing,
+            checkpointing=cfg.engine.memory == "low",
             logit_rows=objective.logit_rows(n_rows, model.vocab_rows),
             target_len=objective.target_len(seq_len),
         ),

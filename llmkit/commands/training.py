@@ -140,10 +140,6 @@ def starting_model(cfg: PretrainConfig, text: Text, checkpoint: Checkpoint | Non
     check_vocabulary(text.tokenizer.vocab_size, model.config.vocab_rows)
     if hasattr(model, "freeze_unused"):  # a module of another library
         model.freeze_unused()
-    if cfg.engine.activation_checkpointing:
-        model.set_activation_checkpointing(True)
-    if cfg.engine.compile:
-        model.compile_blocks()
     return model
 
 

@@ -170,7 +170,7 @@ def describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe(part) for part in get_args(hint))
     if origin is Literal:
-        return "one of " + ", ".join(map(str, get_args(hint)))
+        return "one of " + ", ".join(str(word).lower() if isinstance(word, bool) else word for word in get_args(hint))
     if origin in _LISTS or hint in _LISTS:
         return _describe_list(hint, origin)
     if origin in (dict, Mapping) or hint in (dict, Mapping):

@@ -17,10 +17,13 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from llmkit.models.cache import LayerCache, dense_mask
 from llmkit.models.config import MIN_FLEX_WIDTH, DecoderConfig
-from llmkit.models.layers import Linear, RMSNorm, Rotation, rotate, soft_cap
+from llmkit.models.layers import Linear, RMSNorm, Rotation, at, rotate, soft_cap
 
 # None: causal, one document a row. Tensor: B1TS, true where seen. BlockMask: the same for flex_attention.
 AttentionMask = Tensor | BlockMask | None
+
+WRITTEN_OUT_LIMIT = 1024**2  # scores of a head, above which they would take too much memory
+_written_out = False
 
 
 def block_mask(document_ids_BT: Tensor, window: int | None = None) -> BlockMask:
@@ -59,7 +62,8 @@ def attend(
     A boolean mask (true where seen), a float mask (added to the scores) or None runs on SDPA, a ``BlockMask`` on
     flex_attention. Without a mask and with ``causal``, fewer queries than keys means one new token after a cache, which
     sees everything. ``scale`` multiplies the products; None is 1 / sqrt(K). ``cap`` caps the scores softly before the
-    mask; SDPA cannot do it, so that without a ``BlockMask`` all scores are held (boolean mask or None only).
+    mask; SDPA cannot do it, so that without a ``BlockMask`` all scores are held (boolean mask or None only). They are
+    held too on a CPU that is faster so (``use_written_out``), up to ``WRITTEN_OUT_LIMIT`` of them a head.
     """
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
     if isinstance(mask, BlockMask):
@@ -72,34 +76,48 @@ def attend(
             q_BHTK, k_BGSK, v_BGSK, score_mod=change, block_mask=mask, enable_gqa=grouped, scale=scale
         )
         return result
-    is_causal = causal and mask is None and q_BHTK.shape[2] == k_BGSK.shape[2]
-    if cap is not None:
-        seen = torch.ones(q_BHTK.shape[2], k_BGSK.shape[2], dtype=torch.bool, device=q_BHTK.device).tril()
-        return _attend_capped(q_BHTK, k_BGSK, v_BGSK, seen if is_causal else mask, dropout, scale, cap)
+    T, S = q_BHTK.shape[2], k_BGSK.shape[2]
+    is_causal = causal and mask is None and T == S
+    few = _written_out and q_BHTK.device.type == "cpu" and T * S <= WRITTEN_OUT_LIMIT
+    if cap is not None or few:
+        seen = torch.ones(T, S, dtype=torch.bool, device=q_BHTK.device).tril() if is_causal else mask
+        return attend_written_out(q_BHTK, k_BGSK, v_BGSK, mask=seen, dropout=dropout, scale=scale, cap=cap)
     return F.scaled_dot_product_attention(
         q_BHTK, k_BGSK, v_BGSK, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=grouped, scale=scale
     )
 
 
-def _attend_capped(
+def attend_written_out(
     q_BHTK: Tensor,
     k_BGSK: Tensor,
     v_BGSK: Tensor,
-    seen: Tensor | None,
-    dropout: float,
-    scale: float | None,
-    cap: float,
+    *,
+    mask: Tensor | None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> Tensor:
-    """``attend`` with soft-capped scores, written out; softmax in fp32 at least."""
+    """``attend`` as two products with a softmax between them, in fp32 at least; holds all scores."""
     B, H, T, K = q_BHTK.shape
-    q_BGRTK = q_BHTK.reshape(B, k_BGSK.shape[1], -1, T, K) * (K**-0.5 if scale is None else scale)
+    G = k_BGSK.shape[1]
+    q_BGRTK = q_BHTK.reshape(B, G, -1, T, K) * (K**-0.5 if scale is None else scale)
     scores_BGRTS = q_BGRTK @ k_BGSK[:, :, None].transpose(-1, -2)
-    scores_BGRTS = soft_cap(scores_BGRTS.to(torch.promote_types(scores_BGRTS.dtype, torch.float32)), cap)
-    if seen is not None:
-        hidden = ~seen if seen.dim() == 2 else ~seen[:, :, None]
-        scores_BGRTS = scores_BGRTS.masked_fill(hidden, float("-inf"))
+    scores_BGRTS = scores_BGRTS.to(torch.promote_types(scores_BGRTS.dtype, torch.float32))
+    if cap is not None:
+        scores_BGRTS = soft_cap(scores_BGRTS, cap)
+    if mask is not None:
+        if mask.dim() == 4:
+            mask = mask.reshape(mask.shape[0], min(G, mask.shape[1]), -1, *mask.shape[2:])
+        hides = mask.dtype == torch.bool
+        scores_BGRTS = scores_BGRTS.masked_fill(~mask, float("-inf")) if hides else scores_BGRTS + mask
     weights_BGRTS = F.dropout(scores_BGRTS.softmax(-1), dropout).to(v_BGSK.dtype)
     return (weights_BGRTS @ v_BGSK[:, :, None]).reshape(B, H, T, K)
+
+
+def use_written_out(on: bool) -> None:
+    """Whether ``attend`` takes two products in place of torch's kernel where both can be had; for the whole process."""
+    global _written_out
+    _written_out = on
 
 
 def use_flex(q_width: int, dropout: float, device: torch.device) -> bool:
@@ -149,7 +167,9 @@ class Attention(nn.Module):
         mask: AttentionMask,
         cache: LayerCache | None = None,
         start: int = 0,
+        places_P: Tensor | None = None,
     ) -> Tensor:
+        """BTD, or PD of the places alone."""
         q_BTHK, k_BTGK = self._heads(self.q(x_BTD), self.q_norm), self._heads(self.k(x_BTD), self.k_norm)
         v_BTGK = self._heads(self.v(x_BTD), None)
         if rotation is not None:
@@ -159,7 +179,7 @@ class Attention(nn.Module):
             k_BGSK, v_BGSK = cache.append(k_BGSK, v_BGSK, start)
         dropout = self.dropout if self.training else 0.0
         mixed_BHTK = attend(q_BHTK, k_BGSK, v_BGSK, mask, dropout, scale=self.scale, cap=self.cap)
-        out_BTD: Tensor = self.o(mixed_BHTK.transpose(1, 2).flatten(2))
+        out_BTD: Tensor = self.o(at(mixed_BHTK.transpose(1, 2).flatten(2), places_P))
         return out_BTD
 
     def _heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:

@@ -15,6 +15,7 @@ from llmkit.models.layers import (
     FeedForward,
     Linear,
     Rotation,
+    at,
     build_norm,
     compute_dtype,
     init_normal,
@@ -52,9 +53,12 @@ class Block(nn.Module):
         mask: AttentionMask,
         cache: LayerCache | None = None,
         start: int = 0,
+        places_P: Tensor | None = None,
     ) -> Tensor:
+        """With ``places_P`` only these positions come out, PD: the others are read, nothing more is made of them."""
         inner_BTD = self._before(x_BTD, self.attention_norm)
-        inner_BTD = self.attention(inner_BTD, rotation, mask, cache, start)
+        inner_BTD = self.attention(inner_BTD, rotation, mask, cache, start, places_P)
+        x_BTD = at(x_BTD, places_P)
         attended_BTD = x_BTD + self._after(inner_BTD, self.attention_norm, self.attention_post_norm)
         inner_BTD = self.mlp(self._before(x_BTD if self.parallel else attended_BTD, self.mlp_norm))
         return attended_BTD + self._after(inner_BTD, self.mlp_norm, self.mlp_post_norm)
@@ -114,6 +118,10 @@ class Decoder(nn.Module):
         """BTD after the final norm, in the compute type."""
         return self._hidden(batch.input_ids, batch.position_ids, batch.document_ids, None)
 
+    def states_at(self, batch: Batch, places_P: Tensor) -> Tensor:
+        """PD of ``hidden_states`` at these places; the last block computes only what they need."""
+        return self._hidden(batch.input_ids, batch.position_ids, batch.document_ids, None, places_P)
+
     def forward(
         self,
         input_ids_BT: Tensor,
@@ -170,6 +178,7 @@ class Decoder(nn.Module):
         position_ids_BT: Tensor | None,
         document_ids_BT: Tensor | None,
         cache: KVCache | None,
+        places_P: Tensor | None = None,
     ) -> Tensor:
         if position_ids_BT is None:
             position_ids_BT = next_positions(input_ids_BT, 0 if cache is None else cache.length, self.max_seq_len)
@@ -181,7 +190,10 @@ class Decoder(nn.Module):
             masks = {window: cache.mask_of(document_ids_BT, x_BTD.shape[1], window) for window in windows}
         turns = self._rotations(windows, position_ids_BT, document_ids_BT)
         views = {window: (turns[window], masks[window]) for window in windows}
-        x_BTD = self._run_blocks(x_BTD, views) if cache is None else self._run_blocks_cached(x_BTD, views, cache)
+        if cache is None:
+            x_BTD = self._run_blocks(x_BTD, views, places_P)
+        else:
+            x_BTD = self._run_blocks_cached(x_BTD, views, cache)
         hidden_BTD: Tensor = self.norm(x_BTD)
         return hidden_BTD
 
@@ -226,11 +238,11 @@ class Decoder(nn.Module):
             made[window] = attention_mask(documents_BT, flex=flex, window=window)
         return {window: made[felt[window]] for window in windows}
 
-    def _run_blocks(self, x_BTD: Tensor, views: dict[int | None, View]) -> Tensor:
+    def _run_blocks(self, x_BTD: Tensor, views: dict[int | None, View], places_P: Tensor | None) -> Tensor:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for block, window in zip(self.blocks, self.config.layer_windows, strict=True):
-            turn, mask = views[window]
-            x_BTD = checkpoint(block, x_BTD, turn, mask, use_reentrant=False) if recompute else block(x_BTD, turn, mask)
+        for layer, (block, window) in enumerate(zip(self.blocks, self.config.layer_windows, strict=True), 1):
+            seen = (x_BTD, *views[window], None, 0, places_P if layer == self.config.n_layers else None)
+            x_BTD = checkpoint(block, *seen, use_reentrant=False) if recompute else block(*seen)
         return x_BTD
 
     def _run_blocks_cached(self, x_BTD: Tensor, views: dict[int | None, View], cache: KVCache) -> Tensor:

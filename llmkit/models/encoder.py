@@ -27,6 +27,7 @@ from llmkit.models.layers import (
     LayerNorm,
     Linear,
     Rotation,
+    at,
     compute_dtype,
     init_normal,
     next_positions,
@@ -52,14 +53,15 @@ class EncoderAttention(nn.Module):
         self.width, self.dropout = config.head_width, config.dropout
         self.q, self.k, self.v, self.o = (Linear(D, D, bias=bias) for _ in range(4))
 
-    def forward(self, x_BTD: Tensor, view: View) -> Tensor:
+    def forward(self, x_BTD: Tensor, view: View, places_P: Tensor | None = None) -> Tensor:
+        """BTD, or PD of the places alone."""
         q_BTHK, k_BTHK, v_BTHK = (self._heads(linear(x_BTD)) for linear in (self.q, self.k, self.v))
         if view.rotation is not None:
             q_BTHK, k_BTHK = rotate(q_BTHK, view.rotation), rotate(k_BTHK, view.rotation)
         q_BHTK, k_BHTK, v_BHTK = (x.transpose(1, 2) for x in (q_BTHK, k_BTHK, v_BTHK))
         dropout = self.dropout if self.training else 0.0
         mixed_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, view.mask, dropout, causal=False)
-        out_BTD: Tensor = self.o(mixed_BHTK.transpose(1, 2).flatten(2))
+        out_BTD: Tensor = self.o(at(mixed_BHTK.transpose(1, 2).flatten(2), places_P))
         return out_BTD
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -83,14 +85,18 @@ class EncoderBlock(nn.Module):
         self.mlp = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_BTD: Tensor, view: View) -> Tensor:
-        """The stream goes in and out in its own type; matrices get it in the compute type, cast once."""
+    def forward(self, x_BTD: Tensor, view: View, places_P: Tensor | None = None) -> Tensor:
+        """The stream goes in and out in its own type; matrices get it in the compute type, cast once.
+
+        With ``places_P`` only these positions come out, PD: the others are read, and nothing more is made of them.
+        """
         if self.post and self.attention_norm is not None:
-            x_BTD = self.attention_norm(x_BTD + self.dropout(self.attention(_for_matrices(x_BTD), view)))
+            attended_BTD = self.attention(_for_matrices(x_BTD), view, places_P)
+            x_BTD = self.attention_norm(at(x_BTD, places_P) + self.dropout(attended_BTD))
             y_BTD: Tensor = self.mlp_norm(x_BTD + self.dropout(self.mlp(_for_matrices(x_BTD))))
             return y_BTD
         before_BTD = _for_matrices(x_BTD) if self.attention_norm is None else self.attention_norm(x_BTD)
-        x_BTD = x_BTD + self.dropout(self.attention(before_BTD, view))
+        x_BTD = at(x_BTD, places_P) + self.dropout(self.attention(before_BTD, view, places_P))
         added_BTD: Tensor = self.dropout(self.mlp(self.mlp_norm(x_BTD)))
         return x_BTD + added_BTD
 
@@ -156,6 +162,10 @@ class Encoder(nn.Module):
         """BTD after the last norm, in the compute type."""
         return self._hidden(batch.input_ids, batch.position_ids, batch.document_ids, batch.segment_ids)
 
+    def states_at(self, batch: Batch, places_P: Tensor) -> Tensor:
+        """PD of ``hidden_states`` at these places; the last block computes only what they need."""
+        return self._hidden(batch.input_ids, batch.position_ids, batch.document_ids, batch.segment_ids, places_P)
+
     def output_states(self, hidden_PD: Tensor) -> Tensor:
         """PE: the states that the output matrix reads. Only positions that are predicted need it."""
         states_PE: Tensor = self.transform(hidden_PD)
@@ -213,11 +223,13 @@ class Encoder(nn.Module):
         position_ids_BT: Tensor | None,
         document_ids_BT: Tensor | None,
         segment_ids_BT: Tensor | None,
+        places_P: Tensor | None = None,
     ) -> Tensor:
         if position_ids_BT is None:
             position_ids_BT = next_positions(input_ids_BT, 0, self.max_seq_len)
         x_BTD = self._embedded(input_ids_BT, position_ids_BT, segment_ids_BT)
-        x_BTD = self._run_blocks(x_BTD, *self._views(position_ids_BT, document_ids_BT, compute_dtype(x_BTD)))
+        views = self._views(position_ids_BT, document_ids_BT, compute_dtype(x_BTD))
+        x_BTD = self._run_blocks(x_BTD, *views, places_P)
         hidden_BTD: Tensor = _for_matrices(x_BTD) if self.norm is None else self.norm(x_BTD)
         return hidden_BTD
 
@@ -251,12 +263,13 @@ class Encoder(nn.Module):
         local_turn = turn if local_theta is None else rotation(position_ids_BT, width, local_theta)
         return everything, View(local_turn, _added(near if seen is None else near & seen, dtype))
 
-    def _run_blocks(self, x_BTD: Tensor, everything: View, nearby: View) -> Tensor:
+    def _run_blocks(self, x_BTD: Tensor, everything: View, nearby: View, places_P: Tensor | None) -> Tensor:
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for layer in range(self.config.n_layers):
             block = self.blocks[layer % len(self.blocks)]
             view = everything if self.config.is_global(layer) else nearby
-            x_BTD = checkpoint(block, x_BTD, view, use_reentrant=False) if recompute else block(x_BTD, view)
+            seen = (x_BTD, view, places_P if layer == self.config.n_layers - 1 else None)
+            x_BTD = checkpoint(block, *seen, use_reentrant=False) if recompute else block(*seen)
         return x_BTD
 
 

@@ -54,6 +54,11 @@ class FeedForwardSizes(Protocol):
     def activation(self) -> str: ...
 
 
+def at(x_BTD: Tensor, places_P: Tensor | None) -> Tensor:
+    """PD: ``x`` at these of the B T positions, counted row by row; None: ``x`` as it is."""
+    return x_BTD if places_P is None else x_BTD.flatten(0, 1).index_select(0, places_P)
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The type matrix products run in: autocast's where it is on, else the tensor's own."""
     kind = x.device.type

@@ -140,9 +140,7 @@ class Wrapped(nn.Module):
             return
         if not self.hf.supports_gradient_checkpointing:
             what = f"{type(self.hf).__name__} cannot compute its activations again"
-            raise ConfigError(
-                what, where="engine.activation_checkpointing", fix="engine.activation_checkpointing=false"
-            )
+            raise ConfigError(what, where="engine.memory", fix="engine.memory=fast")
         getattr(self.hf, f"{name}_enable")(**{f"{name}_kwargs": {"use_reentrant": False}})
 
     # -- private ------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 
 from llmkit.interfaces import IGNORE_INDEX, Batch, Examples, Model, Row, TokenIds
 from llmkit.objectives.example_rows import n_labelled, to_batch
+from llmkit.objectives.places import states_at
 from llmkit.objectives.row_choice import Choices, RowChoice, examples_of, head_logits
 from llmkit.objectives.row_packing import first_fit
 from llmkit.objectives.rows import Ids, to_tensor
@@ -46,8 +47,7 @@ class Classification(RowChoice):
     def choices(self, model: Model, batch: Batch) -> Choices:
         examples = examples_of(batch)
         places_N = examples.last_N if self.kind == "decoder" else examples.first_N
-        states_ND = model.hidden_states(batch).flatten(0, 1).index_select(0, places_N)
-        return Choices(head_logits(model, states_ND).unsqueeze(1), examples.labels.unsqueeze(1))
+        return Choices(head_logits(model, states_at(model, batch, places_N)).unsqueeze(1), examples.labels.unsqueeze(1))
 
 
 def _label(row: Row) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from llmkit.interfaces import IGNORE_INDEX, Batch, LossSum, Model
+from llmkit.interfaces import IGNORE_INDEX, LossSum, Model
 from llmkit.objectives.chunks import auto_chunk_size
 
 if TYPE_CHECKING:
@@ -45,24 +45,26 @@ def symmetric_divergence(logs_p: Tensor, logs_q: Tensor) -> Tensor:
     return ((logs_p.exp() - logs_q.exp()) * (logs_p - logs_q)).sum() / 2
 
 
-def token_divergence(model: Model, one_BTD: Tensor, two_BTD: Tensor, batch: Batch, chunk_size: int | None) -> Tensor:
-    """``symmetric_divergence`` over the vocabulary, at the labelled positions of two passes' hidden states.
+def token_divergence(
+    model: Model, one_PD: Tensor, two_PD: Tensor, labels_P: Tensor, n_targets: int, chunk_size: int | None
+) -> Tensor:
+    """``symmetric_divergence`` over the vocabulary, at the ``n_targets`` labelled ones of two passes' hidden states.
 
     Logits are made chunk by chunk, and again in the backward pass, so that few are held at once.
     """
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    labels_P, weight_VD = batch.labels.flatten(), model.output_weight_VD
-    rows_N = torch.nonzero_static(labels_P != IGNORE_INDEX, size=batch.n_targets).squeeze(1)
-    states = [hidden.flatten(0, 1).index_select(0, rows_N) for hidden in (one_BTD, two_BTD)]
+    weight_VD = model.output_weight_VD
+    rows_N = torch.nonzero_static(labels_P != IGNORE_INDEX, size=n_targets).squeeze(1)
+    states = [hidden_PD.index_select(0, rows_N) for hidden_PD in (one_PD, two_PD)]
     size = chunk_size or auto_chunk_size(weight_VD.shape[0], weight_VD.device.type)
 
     def of_chunk(one_CD: Tensor, two_CD: Tensor) -> Tensor:
         return symmetric_divergence(*(_log_probabilities(model, hidden) for hidden in (one_CD, two_CD)))
 
     total = states[0].new_zeros((), dtype=torch.promote_types(states[0].dtype, torch.float32))
-    for start in range(0, batch.n_targets, size):
+    for start in range(0, n_targets, size):
         chunks = [hidden_ND[start : start + size] for hidden_ND in states]
         part: Tensor = checkpoint(of_chunk, *chunks, use_reentrant=False, preserve_rng_state=False)
         total = total + part

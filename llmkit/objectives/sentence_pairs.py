@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from llmkit.interfaces import IGNORE_INDEX, NO_DOCUMENT, Batch, LossSum, Model, Roles, Row, TokenIds
 from llmkit.objectives.masked_lm import MaskedLM
+from llmkit.objectives.places import predicted_places, states_at
 from llmkit.objectives.rows import Ids, isolation, pad_rows, to_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,9 @@ class SentencePairs(MaskedLM):
 
         assert batch.pair_starts is not None, "a batch of sentence pairs says where they begin"
         assert batch.pair_labels is not None
-        hidden_BTD = model.hidden_states(batch)
-        losses, sums = self.token_loss(model, hidden_BTD, batch)
-        logits_N2 = model.pair_logits(hidden_BTD.flatten(0, 1).index_select(0, batch.pair_starts)).float()
+        hidden_PD, labels_P, first_ND = _token_and_pair_states(model, batch, batch.pair_starts)
+        losses, sums = self.token_loss(model, hidden_PD, labels_P, batch.n_targets)
+        logits_N2 = model.pair_logits(first_ND).float()
         pair_nll = F.cross_entropy(logits_N2, batch.pair_labels, reduction="sum")
         n_correct = (logits_N2.detach().argmax(1) == batch.pair_labels).sum()
         sums |= {"pair_nll": pair_nll.detach(), "pair_correct": n_correct}
@@ -107,6 +111,19 @@ class SentencePairs(MaskedLM):
         of_tokens = super().metrics(sums, counts)
         mlm_loss = of_tokens.pop("loss")
         return {"loss": mlm_loss + self.pair_weight * pair_loss, "mlm_loss": mlm_loss, **of_tokens, **found}
+
+
+def _token_and_pair_states(model: Model, batch: Batch, starts_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(states PD and labels P of tokens, states ND of the first token of each pair), from one pass."""
+    import torch
+
+    places_P, labels_P = predicted_places(batch), batch.labels.flatten()
+    if places_P is None:
+        hidden_PD = model.hidden_states(batch).flatten(0, 1)
+        return hidden_PD, labels_P, hidden_PD.index_select(0, starts_N)
+    states = states_at(model, batch, torch.cat((places_P, starts_N)))
+    hidden_PD, first_ND = states[: places_P.shape[0]], states[places_P.shape[0] :]
+    return hidden_PD, labels_P.index_select(0, places_P), first_ND
 
 
 def _pair_columns(rows: Sequence[Row], seq_len: int) -> tuple[Ids, Ids, Ids]:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from llmkit.interfaces import Batch, LossSum, Model
 from llmkit.objectives import r_drop as regularised
+from llmkit.objectives.places import predicted_states
 from llmkit.objectives.token_loss import TokenPrediction
 
 
@@ -32,13 +33,13 @@ class SupervisedText(TokenPrediction):
 
     def loss(self, model: Model, batch: Batch) -> LossSum:
         """Summed over the tokens of the answers."""
-        hidden_BTD = model.hidden_states(batch)
-        result = self.token_loss(model, hidden_BTD, batch)
         if not regularised.passes_twice(model, self.r_drop):
-            return result
-        again_BTD = model.hidden_states(batch)
-        divergence = regularised.token_divergence(model, hidden_BTD, again_BTD, batch, self.chunk_size)
-        return regularised.joined(result, self.token_loss(model, again_BTD, batch), divergence, self.r_drop)
+            return super().loss(model, batch)
+        n_targets = batch.n_targets
+        (one_PD, labels_P), (two_PD, _) = (predicted_states(model, batch) for _ in range(2))
+        one, two = (self.token_loss(model, states_PD, labels_P, n_targets) for states_PD in (one_PD, two_PD))
+        divergence = regularised.token_divergence(model, one_PD, two_PD, labels_P, n_targets, self.chunk_size)
+        return regularised.joined(one, two, divergence, self.r_drop)
 
     def metrics(self, sums: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:
         """``loss`` in nats and ``accuracy`` in 0 .. 1, both per token of an answer; ``r_drop`` where it was trained."""

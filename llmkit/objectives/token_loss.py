@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from llmkit.interfaces import IGNORE_INDEX, Batch, LossSum, Model, Roles
+from llmkit.interfaces import Batch, LossSum, Model, Roles
 from llmkit.objectives.chunks import auto_chunk_size
+from llmkit.objectives.places import predicted_states
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,29 +54,19 @@ class TokenPrediction:
 
     def loss(self, model: Model, batch: Batch) -> LossSum:
         """Summed over the labelled tokens of the batch."""
-        return self.token_loss(model, model.hidden_states(batch), batch)
+        return self.token_loss(model, *predicted_states(model, batch), batch.n_targets)
 
-    def token_loss(self, model: Model, hidden_BTD: Tensor, batch: Batch) -> LossSum:
-        """``loss`` from hidden states; positions without a label cost no product with the vocabulary.
-
-        Where less than half of the positions have a label, the others are dropped first, so that a model's transform
-        before the output matrix is computed for the labelled ones only. The choice rests on a count known on the host.
-        """
-        import torch
-
+    def token_loss(self, model: Model, hidden_PD: Tensor, labels_P: Tensor, n_targets: int) -> LossSum:
+        """``loss`` from hidden states, ``n_targets`` of which have a label; the others cost no product."""
         from llmkit.objectives.linear_cross_entropy import linear_cross_entropy
 
-        hidden_PD, labels_P = hidden_BTD.flatten(0, 1), batch.labels.flatten()
-        if 2 * batch.n_targets < labels_P.shape[0]:
-            rows_N = torch.nonzero_static(labels_P != IGNORE_INDEX, size=batch.n_targets).squeeze(1)
-            hidden_PD, labels_P = hidden_PD.index_select(0, rows_N), labels_P.index_select(0, rows_N)
         parts = linear_cross_entropy(
             model.output_states(hidden_PD),
             model.output_weight_VD,
             labels_P,
             bias_V=model.output_bias_V,
             softcap=model.logit_softcap,
-            n_targets=batch.n_targets,
+            n_targets=n_targets,
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
             chunk_size=self.chunk_size,

@@ -21,7 +21,7 @@ from llmkit.config.targets import config_fields, resolve
 from tests.architecture.source import PACKAGE, SOURCES
 from tests.architecture.test_yaml_fields import TARGETS
 
-N_KEYS = 380
+N_KEYS = 382
 NOT_A_USE = ("llmkit.commands.plan", "llmkit.config")  # modules that show or judge values
 JUDGING = ("problems", "__post_init__")
 

@@ -17,7 +17,7 @@ from llmkit.config.targets import config_fields, fields_of, resolve
 from llmkit.config.yaml_file import YamlFile, read_yaml
 
 N_GROUP_FILES = 46
-N_FIELDS = 429
+N_FIELDS = 431
 N_CLASSES = 33
 
 GROUPS = [path for path in sorted(recipes_dir().glob("*/*.yaml")) if path.parent.name != "recipe"]

@@ -169,7 +169,7 @@ def multi30k(args: argparse.Namespace) -> dict[str, float]:
     config = transformers.MarianConfig(
         vocab_size=8192, d_model=256, encoder_layers=3, decoder_layers=3, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=1024, decoder_ffn_dim=1024, max_position_embeddings=128,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, scale_embedding=True,
         decoder_start_token_id=0, forced_eos_token_id=None, dropout=0.1,
     )  # fmt: skip
     model = transformers.MarianMTModel(config)

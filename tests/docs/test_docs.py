@@ -18,7 +18,7 @@ from llmkit.cli import main
 REPO = Path(__file__).resolve().parents[2]
 PAGES = sorted([REPO / "README.md", *(REPO / "docs").glob("*.md")])
 BLOCK = re.compile(r"(?P<skip><!-- not run: [^\n]+ -->\n)?```sh\n(?P<body>.*?)```", re.DOTALL)
-N_NOT_RUN = 3
+N_NOT_RUN = 4
 
 SHRINK = [
     "engine.max_steps=3",

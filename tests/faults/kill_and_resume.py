@@ -39,6 +39,7 @@ RECIPE = (
     *("model.dropout=0.1", "model.max_seq_len=64"),
     *(f"data.seq_len={SEQ_LEN}", "data.val_fraction=0.1", "data.n_workers=1"),
     *("engine.micro_batch_size=4", "engine.grad_accum_steps=2", "engine.n_threads=1", "engine.device=cpu"),
+    "engine.precision=fp32",
     *("engine.max_steps=60", "engine.eval_every=7", "engine.save_every=5", "engine.log_every=1"),
     *("schedule.warmup_steps=5", "optim.lr=3e-3", "tracking=none", "callbacks=none"),
 )

@@ -20,6 +20,7 @@ SHORT = [
     "engine.max_steps=4",
     "engine.micro_batch_size=4",
     "engine.n_threads=1",
+    "engine.precision=fp32",
     "engine.device=cpu",
     "engine.log_every=1",
     "engine.eval_every=2",

@@ -22,6 +22,7 @@ TINY = [
     "engine.max_steps=6",
     "engine.micro_batch_size=2",
     "engine.n_threads=1",
+    "engine.precision=fp32",
     "schedule.warmup_steps=1",
     "callbacks=none",
     "tracking.wandb.mode=disabled",

@@ -17,6 +17,7 @@ SHORT = [
     "data.n_workers=1",
     "data.seq_len=48",
     "engine.n_threads=1",
+    "engine.precision=fp32",
     "engine.micro_batch_size=4",
     "engine.log_every=1",
     "engine.eval_every=3",

@@ -22,6 +22,7 @@ COMMON = [
     "model.dropout=0.1",
     "engine.max_steps=4",
     "engine.n_threads=1",
+    "engine.precision=fp32",
     "engine.log_every=1",
     "engine.eval_every=2",
     "engine.save_every=2",

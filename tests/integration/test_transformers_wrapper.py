@@ -22,6 +22,7 @@ COMMON = [
     "engine.max_steps=3",
     "engine.micro_batch_size=4",
     "engine.n_threads=1",
+    "engine.precision=fp32",
     "engine.log_every=1",
     "engine.eval_every=3",
     "engine.save_every=1",

@@ -71,7 +71,7 @@ def test_suggestions_know_other_names_and_sections(override: str, suggestion: st
 @pytest.mark.parametrize(
     ("override", "what"),
     [
-        ("engine.compile='true'", "true or false"),
+        ("engine.compile='true'", "one of auto, true, false"),
         ("engine.max_steps=many", "whole number >= 1 or null, is 'many'"),
         ("engine.max_steps=true", "whole number"),
         ("engine.max_steps=0", ">= 1"),
@@ -81,7 +81,7 @@ def test_suggestions_know_other_names_and_sections(override: str, suggestion: st
         ("data.val_fraction=0.7", "from 0 to 0.5"),
         ("run.resume=Auto", "one of auto, never, must"),
         ("run.seed=null", "is null"),
-        ("engine.precision=16", "one of fp32, bf16, fp16"),
+        ("engine.precision=16", "one of auto, fp32, bf16, fp16"),
         ("optim.betas=[0.9]", "two numbers"),
         ("optim.betas=0.9", "a list of numbers"),
         ("tracking.wandb.tags=a", "a list of texts"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from llmkit.interfaces import NO_DOCUMENT
-from llmkit.models.attention import attend, attention_mask, use_flex
+from llmkit.models import attention
+from llmkit.models.attention import attend, attention_mask, use_flex, use_written_out
 from llmkit.models.cache import dense_mask
 from llmkit.models.layers import rotate, rotation
 
@@ -61,6 +63,47 @@ def test_attention_equals_the_closed_form(H: int, G: int) -> None:
     torch.testing.assert_close(packed.double(), reference(q, k, v, by_rule(DOCUMENTS)), atol=1e-6, rtol=0)
     one = torch.zeros(3, 8, dtype=torch.int64)
     torch.testing.assert_close(attend(q, k, v, None).double(), reference(q, k, v, by_rule(one)), atol=1e-6, rtol=0)
+
+
+@pytest.fixture
+def written_out() -> Iterator[None]:
+    use_written_out(True)
+    yield
+    use_written_out(False)
+
+
+@pytest.mark.usefixtures("written_out")
+@pytest.mark.parametrize(("H", "G"), [(4, 4), (4, 2), (3, 1)])
+def test_written_out_attention_equals_the_closed_form(H: int, G: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed, in one document, for one query after a cache; and not where there are too many scores."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)  # not called
+        test_attention_equals_the_closed_form(H, G)
+        q, k, v = qkv(3, H, G, 8, 6)
+        whole, last = attend(q, k, v, None), attend(q[:, :, -1:], k, v, None)
+    torch.testing.assert_close(last, whole[:, :, -1:], atol=1e-6, rtol=0)
+    monkeypatch.setattr(attention, "WRITTEN_OUT_LIMIT", 63)
+    monkeypatch.setattr(attention, "attend_written_out", None)  # not called
+    torch.testing.assert_close(attend(q, k, v, None), whole, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 8, 8), (1, 4, 8, 8), (3, 1, 8, 8), (8, 8)])
+@pytest.mark.parametrize("G", [4, 2])
+def test_written_out_attention_adds_biases_as_sdpa_does(shape: tuple[int, ...], G: int) -> None:
+    """Values and gradients, those of the bias too, some of whose scores are hidden."""
+    q, k, v = (x.requires_grad_() for x in qkv(3, 4, G, 8, 6))
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(1)).masked_fill(
+        torch.ones(8, 8).triu(3) > 0, -math.inf
+    )
+    found = []
+    for written in (False, True):
+        use_written_out(written)
+        leaf = bias.clone().requires_grad_()
+        out = attend(q, k, v, leaf, scale=0.7)
+        found.append((out, *torch.autograd.grad(out.square().sum(), (q, k, v, leaf))))
+    use_written_out(False)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("H", "G"), [(4, 4), (4, 2), (3, 1)])

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmkit.interfaces import IGNORE_INDEX, NO_DOCUMENT, Answer, Batch, Row
+from llmkit.models.layers import soft_cap
+from llmkit.objectives.places import predicted_states
 from llmkit.objectives.supervised_lm import SupervisedLM
 from tests.unit.models import test_lstm, wrapped
 from tests.unit.models.tiny import built, gpt2, llama
@@ -117,8 +119,9 @@ def test_r_drop(changes: dict[str, Any], softcap: float | None) -> None:
     model, batch = built(llama(dropout=0.3, logit_softcap=softcap)), collate(decoder_rows())
 
     def logits_of() -> Tensor:
-        logits = model(batch.input_ids, batch.position_ids, batch.document_ids).flatten(0, 1)
-        return logits[batch.labels.flatten() != IGNORE_INDEX]
+        states_PD, labels_P = predicted_states(model, batch)  # the same draws of dropout as in the loss
+        assert labels_P.shape[0] == batch.n_targets
+        return soft_cap(states_PD @ model.output_weight_VD.T, softcap)
 
     check_r_drop(lambda weight: objective(r_drop=weight, **changes), model, batch, logits_of)
 

@@ -65,7 +65,30 @@ def orthogonalise(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x  # the smaller side first: smaller products
     x.div_(x.norm().clamp(min=SMALLEST_NORM))
-    for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if dtype == torch.float32 and x.shape[1] >= 2 * x.shape[0]:
+        x = _by_gram_matrix(x)
+    else:
+        for _ in range(NEWTON_SCHULZ_STEPS):
+            gram = x @ x.T
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
+
+
+def _by_gram_matrix(x: Tensor) -> Tensor:
+    """The same five steps on the small square ``R = X X^T``, half the work for a matrix of four times its height.
+
+    A step multiplies X from the left by the polynomial ``P = a + b R + c R^2``, and so R becomes ``P R P``. The product
+    of all P meets X once, at the end. The rounding of R grows from step to step: in fp32 to at most 3e-4 of the largest
+    singular value where the smallest is 1e-4 of it (the other way: 3e-6), in bf16 too far.
+    """
+    a, b, c = NEWTON_SCHULZ
+    gram = x @ x.T
+    product: Tensor | None = None
+    for step in range(NEWTON_SCHULZ_STEPS):
+        polynomial = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal().add_(a)
+        product = polynomial if product is None else polynomial @ product
+        if step < NEWTON_SCHULZ_STEPS - 1:
+            gram = polynomial @ gram @ polynomial
+    assert product is not None
+    return product @ x

@@ -34,6 +34,8 @@ CHOICES = ("precision", "fp32_matmul", "attention", "compile")
 WORTH_A_TYPE = 1.3  # how much faster bf16 has to be, for its rounding
 WORTH_A_KERNEL = 1.1  # and another kernel, for the noise of the measurement
 LARGEST_ERROR = 2e-6  # of fp32 products, relative: twice that of sums in fp32
+SHORT_RUN_FLOPS = 1e13  # some minutes of a laptop: kernels are not worth a measurement, nor two runs that differ
+NOT_MEASURED = "the run is too short for a measurement to pay"
 COMPILE_MINUTES = {"cpu": 30.0, "cuda": 5.0}  # how long a run has to be to repay torch.compile's minute
 SHARE_OF_PEAK = 0.5  # of the speed of large products that training is taken to reach
 ROWS, INNER, OUTER = 512, 512, 1024  # of the products that are timed
@@ -137,6 +139,8 @@ def choose_fp32_matmul(engine: EngineConfig, device: torch.device, workload: Wor
         return "highest", "others round the inputs on this device"
     if engine.precision != "fp32":
         return "highest", f"products run in {engine.precision}"
+    if workload.flops < SHORT_RUN_FLOPS:
+        return "highest", NOT_MEASURED
     with_setting = {name: _under(name, _product(torch.float32)) for name in ("highest", "medium")}
     error = _relative_error(with_setting["medium"]())
     if error > LARGEST_ERROR:
@@ -156,6 +160,8 @@ def choose_attention(engine: EngineConfig, device: torch.device, workload: Workl
     """Two products and a softmax, or torch's fused kernel: on a CPU whichever is faster forward and backward."""
     if device.type != "cpu" or workload.attention is None:
         return "sdpa", "torch's kernels"
+    if workload.flops < SHORT_RUN_FLOPS:
+        return "sdpa", NOT_MEASURED
     shape, dtype = workload.attention, TYPES[engine.precision]
     tokens = shape[1]
     if tokens**2 > WRITTEN_OUT_LIMIT:

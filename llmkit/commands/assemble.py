@@ -216,7 +216,9 @@ def settled_engine(cfg: Config, work: Work, checkpoint: Checkpoint | None, n_sam
     steps = steps_to_run(engine, batch_size=batch_size, seq_len=tokens, n_sequences=n_samples)
     config = work.model.config
     flops = flops_per_token(work.objective, config, work.seq_len) * tokens * batch_size * steps / world_size
-    workload = Workload(flops, attention_shape(config, work.seq_len), can_compile=work.command == "pretrain")
+    attention = attention_shape(config, work.seq_len)
+    windows = work.command == "pretrain" and attention is not None  # of one shape, through blocks that are known
+    workload = Workload(flops, attention, can_compile=windows)
     state = {} if checkpoint is None else checkpoint.state
     cache = cache_root(getattr(cfg.data, "cache_dir", None))
     return settle(engine, pick_device(engine.device), workload, state=state, cache=cache)

@@ -140,14 +140,15 @@ def run_peer(case: Case, args: argparse.Namespace, work_file: Path) -> Run:
     flags = [*case.flags, *(["--bf16"] if args.precision == "bf16" else [])]
     command = [sys.executable, "-m", "tests.bench.speed_peers", case.who, "--work", str(work_file), "--steps",
                str(args.steps), "--threads", str(args.threads), *flags]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = status
-    if status:
-        raise SystemExit(f"{case.label}: {process.stderr.read()[-3000:].decode()}")
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
+        assert process.stdout is not None
+        output = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = status
+        errors.seek(0)
+        if status:
+            raise SystemExit(f"{case.label}: {errors.read()[-3000:].decode()}")
     found: Run = json.loads(output.splitlines()[-1])
     rates = [n / s for n, s in zip(found["tokens"], found["seconds"], strict=True)][args.warmup :]
     timed = {"tokens_per_second": statistics.median(rates)} if rates else {"gflops": found["gflops"]}

@@ -20,6 +20,9 @@ import torch
 from llmkit.cli import main
 from llmkit.commands import automatic
 from llmkit.commands.automatic import CHOICES, Workload, apply, attention_shape, race, settle
+from llmkit.config.build import build
+from llmkit.config.choices import recipes_dir
+from llmkit.config.yaml_file import read_yaml
 from llmkit.settings import EngineConfig
 from tests.unit.engine.settings import ENGINE
 
@@ -245,3 +248,11 @@ def test_freed_memory_is_kept() -> None:
 
     assert faults("give") > 1000
     assert faults("keep") < 200
+
+
+def test_no_shape_is_known_of_models_that_are_not_compiled_unless_told() -> None:
+    """LSTMs, whose time is in one kernel, and modules of another library, which may name no blocks."""
+    for name in ("lstm", "lstm_seq2seq", "transformers"):
+        assert attention_shape(build(read_yaml(recipes_dir() / "model" / f"{name}.yaml").tree), 16) is None
+    for name in ("gpt2", "bert", "t5"):
+        assert attention_shape(build(read_yaml(recipes_dir() / "model" / f"{name}.yaml").tree), 16) is not None

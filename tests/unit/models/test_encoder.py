@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from llmkit.errors import ConfigError
 from llmkit.interfaces import NO_DOCUMENT, Batch
@@ -23,7 +22,7 @@ from llmkit.models.encoder import Encoder
 from llmkit.models.encoder_config import EncoderConfig
 from llmkit.models.hf import load_config, load_model, save_model
 from tests.unit.models.test_encoder_config import bert, electra, encoder_configs, modern
-from tests.unit.models.tiny import built, random_ids
+from tests.unit.models.tiny import built, check_states_at, random_ids
 
 STYLES = {
     "bert": bert(),
@@ -387,25 +386,10 @@ def test_dropout_is_on_embeddings_attention_weights_and_what_blocks_add(
 @all_styles
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_states_at_places_are_those_of_the_whole_pass(config: EncoderConfig, checkpointing: bool) -> None:
-    """Values and gradients, a place taken twice among them, for less work."""
-    model = built(config)
+    model, ids = built(config), random_ids(config, 2, 20)
     model.set_activation_checkpointing(checkpointing)
-    ids = random_ids(config, 2, 20)
     view = packed(ids, [9, 11])
-    batch = Batch(ids, ids, view["position_ids_BT"], view["document_ids_BT"], 0)
-    places = torch.tensor([0, 8, 9, 25, 39, 25])
-    found, flops = [], []
-    for states_at in (lambda: model.hidden_states(batch).flatten(0, 1)[places], lambda: model.states_at(batch, places)):
-        with FlopCounterMode(display=False) as counted:
-            states_PD = states_at()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        found.append((states_PD, *torch.autograd.grad(states_PD.pow(3).sum(), trained, allow_unused=True)))
-        flops.append(counted.get_total_flops())
-    assert flops[1] < flops[0]
-    for whole, part in zip(*found, strict=True):
-        assert (whole is None) == (part is None)
-        if whole is not None:
-            torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)
+    check_states_at(model, Batch(ids, ids, view["position_ids_BT"], view["document_ids_BT"], 0))
 
 
 @pytest.mark.parametrize("config", [*STYLES.values(), bert(dropout=0.3), modern(dropout=0.3)])

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from llmkit.interfaces import Batch
 from llmkit.models.config import DecoderConfig
 from llmkit.models.decoder import Decoder
 
@@ -79,3 +81,20 @@ def built(config: DecoderConfig, seed: int = 0, std: float = 0.2) -> Decoder:
 
 def random_ids(config: DecoderConfig, rows: int, columns: int, seed: int = 0) -> Tensor:
     return torch.randint(0, config.vocab_rows, (rows, columns), generator=torch.Generator().manual_seed(seed))
+
+
+def check_states_at(model: Any, batch: Batch) -> None:
+    """``states_at`` gives what ``hidden_states`` has at places, one of them twice: values, gradients, less work."""
+    places = torch.tensor([0, 8, 9, 25, 39, 25])
+    found, flops = [], []
+    for states_at in (lambda: model.hidden_states(batch).flatten(0, 1)[places], lambda: model.states_at(batch, places)):
+        with FlopCounterMode(display=False) as counted:
+            states_PD = states_at()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found.append((states_PD, *torch.autograd.grad(states_PD.pow(3).sum(), trained, allow_unused=True)))
+        flops.append(counted.get_total_flops())
+    assert flops[1] < flops[0]
+    for whole, part in zip(*found, strict=True):
+        assert (whole is None) == (part is None)
+        if whole is not None:
+            torch.testing.assert_close(part, whole, atol=1e-5, rtol=1e-5)

@@ -52,6 +52,10 @@ coverage: install  ## branch coverage of config, data and engine
 bench: install  ## training speed beside a plain loop and transformers' Trainer, in turns
 	$(BIN)/python -m tests.bench.speed A
 
+.PHONY: bench-gpu
+bench-gpu: install  ## the same on a CUDA device, larger models; needs LLMKIT_DATA, see docs/speed.md
+	$(BIN)/python -m tests.bench.speed 124M 350M 1B bert_base t5_base --device cuda --precision bf16 --steps 30 --warmup 10
+
 .PHONY: bench-engine
 bench-engine: install  ## what the engine costs beside a plain PyTorch loop on the same model
 	$(BIN)/python -m tests.bench.engine_cost

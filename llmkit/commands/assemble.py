@@ -17,6 +17,7 @@ from llmkit.commands.automatic import CHOICES, Workload, apply, attention_shape,
 from llmkit.config.build import build
 from llmkit.config.schema import FinetuneConfig, PretrainConfig
 from llmkit.data.cache import cache_root
+from llmkit.data.grouped_order import GroupedOrder
 from llmkit.data.loader import TrainBatches, check_enough, eval_batches
 from llmkit.data.sampler import SampleOrder
 from llmkit.engine.best_metric import BestMetric
@@ -37,7 +38,9 @@ from llmkit.settings import EngineConfig
 from llmkit.tracking.logs import log_to
 
 if TYPE_CHECKING:
+    import numpy as np
     from accelerate import Accelerator
+    from numpy.typing import NDArray
 
 log = logging.getLogger("llmkit.training")
 
@@ -58,6 +61,7 @@ class Work:
     tokens_per_row: float  # about how many a row has
     train: tuple[SequenceDataset, ...]  # one item a source
     weights: tuple[float, ...] | None  # share of each source
+    lengths: NDArray[np.int64] | None  # rows x sides: batches are of rows of like length; for a single source
     eval_rows: Mapping[str, tuple[SequenceDataset, ...]]  # by the prefix of their metrics; none is empty
     scorer: Callable[[Accelerator, Callable[[], bool]], Score] | None  # metrics of answers to the rows of ``val``
     usual_metric: str  # picks the best checkpoint where the configuration names none
@@ -148,7 +152,7 @@ def assemble(
     model, objective, checkpoint = work.model, work.objective, start.checkpoint
     n_kept = cfg.engine.keep_last + cfg.engine.keep_best + 1  # one more while the newest is being written
     start.store.check_space(n_kept * 3 * 4 * sum(p.numel() for p in model.parameters() if p.requires_grad))
-    order = SampleOrder(tuple(data.n_sequences for data in work.train), work.weights, cfg.run.seed)
+    order = sample_order(work, cfg.run.seed)
     cfg = replace(cfg, engine=settled_engine(cfg, work, checkpoint, order.n_samples))
     engine = cfg.engine
     accelerator = make_accelerator(engine)
@@ -222,6 +226,14 @@ def settled_engine(cfg: Config, work: Work, checkpoint: Checkpoint | None, n_sam
     state = {} if checkpoint is None else checkpoint.state
     cache = cache_root(getattr(cfg.data, "cache_dir", None))
     return settle(engine, pick_device(engine.device), workload, state=state, cache=cache)
+
+
+def sample_order(work: Work, seed: int) -> SampleOrder:
+    """The order of the training rows."""
+    sizes = tuple(data.n_sequences for data in work.train)
+    if work.lengths is None:
+        return SampleOrder(sizes, work.weights, seed)
+    return GroupedOrder(sizes, seed, work.lengths)
 
 
 def train_batches(

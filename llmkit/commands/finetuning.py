@@ -119,6 +119,7 @@ def make_trainer(cfg: FinetuneConfig, folder: Path, recorder: Recorder, stop_req
         tokens_per_row=rows.train.n_tokens / rows.train.n_sequences,
         train=(rows.train,),
         weights=None,
+        lengths=rows.train.side_lengths() if kind == "encoder_decoder" else None,  # other kinds pack theirs
         eval_rows={} if rows.val is None else {"val": (rows.val,), **gap},
         scorer=scorer,
         usual_metric=task.best_metric,

@@ -228,6 +228,7 @@ def make_trainer(
         tokens_per_row=seq_len,
         train=datasets.train,
         weights=None if cfg.data.weights is None else tuple(cfg.data.weights),
+        lengths=None,
         eval_rows={name: rows for name, rows in named.items() if rows},
         scorer=None,
         usual_metric="loss",

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmkit.data.pair_layout import documents_of, lay_out
-from llmkit.data.sampler import _keys, permute
+from llmkit.data.sampler import permute, stream_keys
 from llmkit.errors import DataError
 from llmkit.interfaces import IGNORE_INDEX, Pair, Row
 
@@ -164,7 +164,7 @@ class SentencePairDataset:
 @lru_cache(maxsize=16)
 def _label_keys(epoch: tuple[int, ...]) -> tuple[int, ...]:
     """Names the permutation that gives the pairs of an epoch their labels."""
-    return _keys(int(np.random.SeedSequence(epoch).generate_state(1, np.uint64)[0]), 0, _STREAM)
+    return stream_keys(int(np.random.SeedSequence(epoch).generate_state(1, np.uint64)[0]), 0, _STREAM)
 
 
 def _splits(shards: TokenShards, layout: PairLayout) -> tuple[Ids, Ids]:

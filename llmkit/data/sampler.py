@@ -31,7 +31,8 @@ def _mix(value: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _keys(seed: int, epoch: int, stream: int) -> tuple[int, ...]:
+def stream_keys(seed: int, epoch: int, stream: int) -> tuple[int, ...]:
+    """The keys of a permutation: as many as there are triples, none like another."""
     state = 0
     for part in (seed, epoch, stream):
         state = _mix((state + part + _GOLDEN) & _MASK)
@@ -73,7 +74,7 @@ class SampleOrder:
         """(source, row, epoch of the source, from 0) at ``position``."""
         if self._parts is not None:
             return self._locate_in_mixture(position, self._parts)
-        epoch, row = self._shuffled(position, self.n_samples, _CONCATENATED)
+        epoch, row = self._draw(position)
         source = bisect_right(self._offsets, row) - 1
         return source, row - self._offsets[source], epoch
 
@@ -86,14 +87,18 @@ class SampleOrder:
         """Epochs done once ``position`` sequences are drawn."""
         return position / self.n_samples
 
+    def _draw(self, position: int) -> tuple[int, int]:
+        """Epoch and row over all sources, where those are one."""
+        return self._shuffled(position, self.n_samples, _CONCATENATED)
+
     def _shuffled(self, draw: int, size: int, stream: int) -> tuple[int, int]:
         """Epoch and row of the ``draw``-th sequence out of ``size``, each epoch in an order of its own."""
         epoch, index = divmod(draw, size)
-        return epoch, permute(index, size, _keys(self.seed, epoch, stream))
+        return epoch, permute(index, size, stream_keys(self.seed, epoch, stream))
 
     def _locate_in_mixture(self, position: int, parts: tuple[int, ...]) -> tuple[int, int, int]:
         block, index = divmod(position, BLOCK)
-        index = permute(index, BLOCK, _keys(self.seed, block, _INSIDE_BLOCK))
+        index = permute(index, BLOCK, stream_keys(self.seed, block, _INSIDE_BLOCK))
         before = draws_before(block * BLOCK, parts)
         after = draws_before((block + 1) * BLOCK, parts)
         for source, (start, stop) in enumerate(zip(before, after, strict=True)):

@@ -117,6 +117,10 @@ class TaskDataset:
     def target_lengths(self) -> NDArray[np.int64]:
         return np.diff(self._target_starts)
 
+    def side_lengths(self) -> NDArray[np.int64]:
+        """Ids of every row and of its target: N x 2."""
+        return np.stack([self.lengths(), self.target_lengths()], axis=1)
+
     def _key(self) -> str:
         """SHA-256 of all rows."""
         digest = hashlib.sha256()

@@ -19,6 +19,7 @@ from llmkit.tokenizers import spans as places
 from llmkit.tokenizers import vocabulary as vocabularies
 from llmkit.tokenizers.added_tokens import entry, with_added
 from llmkit.tokenizers.bert_files import input_names, named, with_ends
+from llmkit.tokenizers.byte_pairs import BytePairs, byte_pairs
 from llmkit.tokenizers.ends import ends_of
 from llmkit.tokenizers.folder import MARIAN_FILE, read_source, written
 from llmkit.tokenizers.hf_files import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
+_LONG_BATCH = 1 << 18  # characters that repay the preparation of a second way to encode them
 _HALF_CHARACTER = "a text holds half of a surrogate pair, which is no character"
 
 # Where no file names the end of a text, a token of one of these names is it.
@@ -259,11 +261,19 @@ class HFTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Long batches of byte-level BPE by ``tiktoken`` where it gives the same ids."""
+        pairs = self._byte_pairs if sum(map(len, texts)) >= _LONG_BATCH else None
         try:
-            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            found = [None if pairs is None else pairs.encode(text) for text in texts]
+            rest = [text for text, ids in zip(texts, found, strict=True) if ids is None]
+            encodings = iter(self._backend.encode_batch_fast(rest, add_special_tokens=False))
         except (TypeError, UnicodeEncodeError) as error:
             raise DataError(_HALF_CHARACTER) from error
-        return [self._spelt_out(encoding.ids) for encoding in encodings]
+        return [self._spelt_out(next(encodings).ids) if ids is None else ids for ids in found]
+
+    @cached_property
+    def _byte_pairs(self) -> BytePairs | None:
+        return byte_pairs(json.loads(self._content), self._backend, self._silent)
 
     def decode(self, ids: Sequence[int]) -> str:
         shown = [int(i) for i in ids if i not in self._silent and i != self.pad_id]

@@ -58,7 +58,7 @@ JOBS = {
         ("model=bart", "model.n_layers=3", "model.max_seq_len=128", "model.norm_position=pre",
          "model.embedding_norm=false", "tokenizer=bpe", "tokenizer.vocab_size=8192", "loss.label_smoothing=0.1",
          "optim=muon", "optim.lr=1e-2", "optim.adamw_lr=3e-3", "schedule.warmup_steps=60", "model.dropout=0.0",
-         "schedule.min_lr_ratio=0.02", "engine.max_epochs=3.6", "engine.micro_batch_size=64",
+         "schedule.min_lr_ratio=0.02", "engine.max_epochs=4.8", "engine.micro_batch_size=64",
          "engine.eval_every=null", "data.max_answers=1"),
         ("generation.n_beams=4", "generation.max_new_tokens=80"),
         both=("task.source=en", "task.target=de"), peer=True,

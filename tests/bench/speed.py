@@ -1,10 +1,12 @@
 """Training speed: llmkit beside its peers on the same work, in turns, each in a fresh process.
 
     python -m tests.bench.speed --out bench --data DIR A B encoder seq2seq --precision fp32 --rounds 3
+    python -m tests.bench.speed --device cuda --data DIR 124M 350M 1B bert_base t5_base --precision bf16
 
 ``A`` and ``B`` are decoders of 14 and 29 million parameters on the embedded corpus; ``encoder`` is masked LM on the
-sentences of SST-2, ``seq2seq`` translation on Multi30k, at their real lengths (both below ``--data``). ``default`` as
-precision gives no flag to either side. Writes ``speed.json`` and ``speed.md`` to ``--out``.
+sentences of SST-2, ``seq2seq`` translation on Multi30k, at their real lengths (both below ``--data``). The others are
+for a GPU: three decoders, and masked LM and translation with models of the size of BERT-base and T5-base. ``default``
+as precision gives no flag to either side. Writes ``speed.json`` and ``speed.md`` to ``--out``.
 
 llmkit is called as a user calls it. Its figure is what it writes to ``metrics.jsonl``, a line a step; beside it stands
 what a clock outside of the process sees, which is the time from line to line as they arrive. Tokens are real ones: no
@@ -57,42 +59,61 @@ class Work:
     cases: tuple[Case, ...]
 
 
-def decoder(d_model: int, n_layers: int, n_heads: int, seq_len: int, batch: int) -> Work:
+def decoder(
+    d_model: int, n_layers: int, n_heads: int, seq_len: int, batch: int, vocab: int = 8192, data: str = "python_docs"
+) -> Work:
     sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "seq_len": seq_len, "batch": batch}
     command = (
         *DECODER, f"model.d_model={d_model}", f"model.n_layers={n_layers}", f"model.n_heads={n_heads}",
         f"model.max_seq_len={seq_len}", f"data.seq_len={seq_len}", f"engine.micro_batch_size={batch}",
-        "tokenizer.vocab_size=8192",
+        f"tokenizer.vocab_size={vocab}", f"data={data}",
     )  # fmt: skip
     peers = [Case("plain"), Case("plain", ("--compile",)), Case("trainer_decoder"),
              Case("trainer_decoder", ("--compile",)), Case("litgpt", ("--compile",))]  # fmt: skip
-    return Work(sizes | {"vocab": 8192}, command, (Case("llmkit"), Case("llmkit", ("engine.compile=true",)), *peers))
+    return Work(sizes | {"vocab": vocab}, command, (Case("llmkit"), Case("llmkit", ("engine.compile=true",)), *peers))
+
+
+def encoder(data: Path, d_model: int, n_layers: int, n_heads: int, batch: int, vocab: int) -> Work:
+    """Masked LM on the sentences of SST-2."""
+    sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "seq_len": 128, "batch": batch}
+    command = (
+        "pretrain", "model=bert", "objective=masked_lm", f"model.d_model={d_model}", f"model.n_layers={n_layers}",
+        f"model.n_heads={n_heads}", "model.max_seq_len=128", "model.dropout=0.0", "model.pooler=false",
+        "tokenizer=wordpiece", f"tokenizer.vocab_size={vocab}", "data.val_fraction=0", "data.seq_len=128",
+        f"data.path={data / 'sentiment' / 'sst2.train.jsonl'}", f"engine.micro_batch_size={batch}", "optim.lr=1e-3",
+    )  # fmt: skip
+    peer = "trainer_encoder"
+    return Work(sizes | {"vocab": vocab}, command, (Case("llmkit"), Case(peer), Case(peer, ("--grouped",))))
+
+
+def seq2seq(data: Path, model: str, d_model: int, n_layers: int, n_heads: int, batch: int, vocab: int = 8192) -> Work:
+    """Translation on Multi30k."""
+    sizes = {"d_model": d_model, "n_layers": n_layers, "n_heads": n_heads, "seq_len": 128, "batch": batch}
+    sides = [data / "translation" / f"multi30k.train.{language}.txt" for language in ("en", "de")]
+    command = (
+        "finetune", "task=translation", "task.source=en", "task.target=de", f"data.path={sides[0]}",
+        f"data.target_path={sides[1]}", "data.val_fraction=0", f"model={model}", f"model.d_model={d_model}",
+        f"model.n_heads={n_heads}", f"model.n_layers={n_layers}", "model.max_seq_len=128", "model.dropout=0.0",
+        "tokenizer=bpe", f"tokenizer.vocab_size={vocab}", "engine.max_epochs=null",
+        f"engine.micro_batch_size={batch}", "optim.lr=1e-3",
+    )  # fmt: skip
+    peer = "trainer_t5" if model == "t5" else "trainer_seq2seq"
+    return Work(sizes | {"vocab": vocab}, command, (Case("llmkit"), Case(peer), Case(peer, ("--grouped",))))
 
 
 def works(data: Path) -> dict[str, Work]:
-    encoder = {"d_model": 256, "n_layers": 4, "n_heads": 4, "seq_len": 128, "batch": 32, "vocab": 8192}
-    pairs = {"d_model": 256, "n_layers": 3, "n_heads": 4, "seq_len": 128, "batch": 64, "vocab": 8192}
-    sides = [data / "translation" / f"multi30k.train.{language}.txt" for language in ("en", "de")]
+    large = {"vocab": 32768, "data": "python_source"}
     return {
         "A": decoder(384, 6, 6, 256, 16),
         "B": decoder(512, 8, 8, 512, 8),
-        "encoder": Work(
-            encoder,
-            ("pretrain", "model=bert", "objective=masked_lm", "model.d_model=256", "model.n_layers=4",
-             "model.n_heads=4", "model.max_seq_len=128", "model.dropout=0.0", "model.pooler=false",
-             "tokenizer=wordpiece", "tokenizer.vocab_size=8192", "data.val_fraction=0", "data.seq_len=128",
-             f"data.path={data / 'sentiment' / 'sst2.train.jsonl'}", "engine.micro_batch_size=32", "optim.lr=1e-3"),
-            (Case("llmkit"), Case("trainer_encoder"), Case("trainer_encoder", ("--grouped",))),
-        ),
-        "seq2seq": Work(
-            pairs,
-            ("finetune", "task=translation", "task.source=en", "task.target=de", f"data.path={sides[0]}",
-             f"data.target_path={sides[1]}", "data.val_fraction=0", "model=bart", "model.n_layers=3",
-             "model.max_seq_len=128", "model.dropout=0.0", "tokenizer=bpe", "tokenizer.vocab_size=8192",
-             "engine.max_epochs=null", "engine.micro_batch_size=64", "optim.lr=1e-3"),
-            (Case("llmkit"), Case("trainer_seq2seq"), Case("trainer_seq2seq", ("--grouped",))),
-        ),
-    }  # fmt: skip
+        "encoder": encoder(data, 256, 4, 4, 32, 8192),
+        "seq2seq": seq2seq(data, "bart", 256, 3, 4, 64),
+        "124M": decoder(768, 12, 12, 1024, 32, **large),
+        "350M": decoder(1024, 24, 16, 1024, 16, **large),
+        "1B": decoder(2048, 18, 16, 1024, 8, **large),
+        "bert_base": encoder(data, 768, 12, 12, 256, 16384),
+        "t5_base": seq2seq(data, "t5", 768, 12, 12, 128),
+    }
 
 
 def run_llmkit(work: Work, case: Case, args: argparse.Namespace, root: Path) -> Run:
@@ -100,7 +121,8 @@ def run_llmkit(work: Work, case: Case, args: argparse.Namespace, root: Path) -> 
     name = f"run{time.monotonic_ns()}"
     precision = () if args.precision == "default" else (f"engine.precision={args.precision}",)
     command = [*work.command, *LOOP, *case.flags, *precision, f"engine.max_steps={args.steps}",
-               f"engine.n_threads={args.threads}", f"run.root={root}", f"run.name={name}"]  # fmt: skip
+               f"engine.n_threads={args.threads}", f"engine.device={args.device}",
+               f"run.root={root}", f"run.name={name}"]  # fmt: skip
     with (root / f"{name}.err").open("wb") as errors:
         process = subprocess.Popen([sys.executable, "-m", "llmkit", *command], stdout=subprocess.DEVNULL, stderr=errors)
         arrivals = list(watch(root / name / "metrics.jsonl", process, args.steps))
@@ -116,7 +138,7 @@ def run_llmkit(work: Work, case: Case, args: argparse.Namespace, root: Path) -> 
         "tokens_per_second": statistics.median(row["perf/tokens_per_second"] for row in timed),
         "mean_tokens_per_second": tokens / sum(row["perf/step_seconds"] for row in timed),
         "outside_tokens_per_second": tokens / (arrivals[len(rows) - 1] - arrivals[first]),
-        "peak_rss_gib": usage.ru_maxrss / 2**20,
+        "peak_gib": usage.ru_maxrss / 2**20 if args.device == "cpu" else timed[-1]["perf/peak_memory_gib"],
         "loss": timed[-1]["train/loss"],
         "folder": str(root / name),
     }
@@ -139,7 +161,7 @@ def watch(path: Path, process: subprocess.Popen[bytes], n_lines: int) -> Iterato
 def run_peer(case: Case, args: argparse.Namespace, work_file: Path) -> Run:
     flags = [*case.flags, *(["--bf16"] if args.precision == "bf16" else [])]
     command = [sys.executable, "-m", "tests.bench.speed_peers", case.who, "--work", str(work_file), "--steps",
-               str(args.steps), "--threads", str(args.threads), *flags]  # fmt: skip
+               str(args.steps), "--threads", str(args.threads), "--device", args.device, *flags]  # fmt: skip
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
         assert process.stdout is not None
@@ -152,7 +174,8 @@ def run_peer(case: Case, args: argparse.Namespace, work_file: Path) -> Run:
     found: Run = json.loads(output.splitlines()[-1])
     rates = [n / s for n, s in zip(found["tokens"], found["seconds"], strict=True)][args.warmup :]
     timed = {"tokens_per_second": statistics.median(rates)} if rates else {"gflops": found["gflops"]}
-    return timed | {"peak_rss_gib": usage.ru_maxrss / 2**20, "loss": found["loss"]}
+    peak = usage.ru_maxrss / 2**20 if args.device == "cpu" else found["peak_device_gib"]
+    return timed | {"peak_gib": peak, "loss": found["loss"]}
 
 
 def write_work(work: Work, folder: Path, path: Path) -> None:
@@ -225,13 +248,13 @@ def table(name: str, work: Work, runs: dict[str, list[Run]]) -> str:
     for label in labels:
         rates = [run["tokens_per_second"] for run in runs[label]]
         rate = statistics.median(rates)
-        is_decoder = name in ("A", "B")
+        is_decoder = work.command[0] == "pretrain" and "model=gpt2" in work.command
         share = rate * flops_per_token(work.sizes) / (median("ceiling", "gflops") * 1e9)
         outside = "outside_tokens_per_second" in runs[label][0]
         off = median(label, "outside_tokens_per_second") / median(label, "mean_tokens_per_second") - 1 if outside else 0
         lines.append(
             f"| {label} | {rate:,.0f} | {(max(rates) - min(rates)) / rate:.0%} | {best / rate:.2f} | "
-            f"{f'{share:.0%}' if is_decoder else ''} | {median(label, 'peak_rss_gib'):.2f} | "
+            f"{f'{share:.0%}' if is_decoder else ''} | {median(label, 'peak_gib'):.2f} | "
             f"{median(label, 'loss'):.3f} | {f'{off:+.1%}' if outside else ''} |"
         )
     return "\n".join(lines) + "\n"
@@ -248,6 +271,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", nargs="*", default=["A"])
     parser.add_argument("--precision", choices=("default", "fp32", "bf16"), default="default")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=4)

@@ -63,18 +63,18 @@ class PlainGPT(nn.Module):
 
 def plain(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
     sizes, windows = work["sizes"], work["windows"]
-    model = PlainGPT(sizes)
+    model = PlainGPT(sizes).to(args.device)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=BETAS)
     network = torch.compile(model) if args.compile else model
-    autocast = torch.autocast("cpu", torch.bfloat16) if args.bf16 else contextlib.nullcontext()
+    autocast = torch.autocast(args.device, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
     seconds, loss = [], torch.zeros(())
     for step in range(args.steps):
         started = time.perf_counter()
         rows = [windows[(step * sizes["batch"] + i) % len(windows)] for i in range(sizes["batch"])]
-        batch = torch.tensor(rows)
+        batch = torch.tensor(rows).to(args.device)
         with autocast:
             loss = network(batch[:, :-1].contiguous(), batch[:, 1:].contiguous())
         loss.backward()
@@ -124,7 +124,7 @@ def train(args: argparse.Namespace, model: Any, rows: list[Any], collate: Any, c
             model=model,
             args=settings(
                 folder, max_steps=args.steps, learning_rate=RATE, weight_decay=DECAY, adam_beta1=BETAS[0],
-                adam_beta2=BETAS[1], max_grad_norm=CLIP, bf16=args.bf16, use_cpu=True, report_to=[],
+                adam_beta2=BETAS[1], max_grad_norm=CLIP, bf16=args.bf16, use_cpu=args.device == "cpu", report_to=[],
                 save_strategy="no", logging_steps=1, disable_tqdm=True, torch_compile=args.compile,
                 remove_unused_columns=False, lr_scheduler_type="constant", **more,
             ),
@@ -191,10 +191,10 @@ def trainer_encoder(args: argparse.Namespace, work: dict[str, Any]) -> dict[str,
 
 
 def trainer_seq2seq(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
-    """A Marian on pairs of sentences; tokens are those of both sides."""
+    """A Marian on pairs of sentences."""
     import transformers
 
-    sizes, clock = work["sizes"], Clock()
+    sizes = work["sizes"]
     config = transformers.MarianConfig(
         vocab_size=sizes["vocab"], d_model=sizes["d_model"], encoder_layers=sizes["n_layers"],
         decoder_layers=sizes["n_layers"], encoder_attention_heads=sizes["n_heads"],
@@ -202,7 +202,28 @@ def trainer_seq2seq(args: argparse.Namespace, work: dict[str, Any]) -> dict[str,
         decoder_ffn_dim=4 * sizes["d_model"], max_position_embeddings=sizes["seq_len"], dropout=0.0,
         pad_token_id=PAD, eos_token_id=2, decoder_start_token_id=PAD, forced_eos_token_id=None,
     )  # fmt: skip
-    model = transformers.MarianMTModel(config)
+    return train_on_pairs(args, work, transformers.MarianMTModel(config))
+
+
+def trainer_t5(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
+    """A T5 1.1 on pairs of sentences."""
+    import transformers
+
+    sizes = work["sizes"]
+    config = transformers.T5Config(
+        vocab_size=sizes["vocab"], d_model=sizes["d_model"], d_kv=sizes["d_model"] // sizes["n_heads"],
+        d_ff=8 * sizes["d_model"] // 3, num_layers=sizes["n_layers"], num_heads=sizes["n_heads"], dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False, pad_token_id=PAD, eos_token_id=2,
+        decoder_start_token_id=PAD,
+    )  # fmt: skip
+    return train_on_pairs(args, work, transformers.T5ForConditionalGeneration(config))
+
+
+def train_on_pairs(args: argparse.Namespace, work: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Seq2SeqTrainer; tokens are those of both sides."""
+    import transformers
+
+    sizes, clock = work["sizes"], Clock()
 
     def collate(part: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         sources, targets = ([row[name] for row in part] for name in ("input_ids", "labels"))
@@ -235,7 +256,7 @@ def litgpt(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
         head_size=sizes["d_model"] // sizes["n_heads"], parallel_residual=False, bias=False,
         norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP", intermediate_size=8 * sizes["d_model"] // 3 // 64 * 64,
     )  # fmt: skip
-    fabric = lightning.Fabric(devices=1, accelerator="cpu", precision="bf16-mixed" if args.bf16 else "32-true")
+    fabric = lightning.Fabric(devices=1, accelerator=args.device, precision="bf16-mixed" if args.bf16 else "32-true")
     fabric.launch()
     model = GPT(config)
     model.transformer.wte.weight = model.lm_head.weight
@@ -248,7 +269,7 @@ def litgpt(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
     for step in range(args.steps):
         started = time.perf_counter()
         rows = [windows[(step * sizes["batch"] + i) % len(windows)] for i in range(sizes["batch"])]
-        batch = torch.tensor(rows)
+        batch = torch.tensor(rows).to(args.device)
         loss = chunked_cross_entropy(network(batch[:, :-1].contiguous()), batch[:, 1:].contiguous(), chunk_size=0)
         fabric.backward(loss)
         fabric.clip_gradients(network, optimizer, max_norm=CLIP)
@@ -267,12 +288,16 @@ def ceiling(args: argparse.Namespace, work: dict[str, Any]) -> dict[str, Any]:
     rows, inner = sizes["batch"] * sizes["seq_len"], sizes["d_model"]
     found = []
     for outer in (inner, 4 * inner, sizes["vocab"]):
-        x, w, g = (torch.randn(shape).to(dtype) for shape in ((rows, inner), (outer, inner), (rows, outer)))
+        x, w, g = (
+            torch.randn(shape, device=args.device).to(dtype) for shape in ((rows, inner), (outer, inner), (rows, outer))
+        )
         for product in _products(x, w, g):
             seconds = []
             for _ in range(args.steps):
                 started = time.perf_counter()
                 product()
+                if args.device == "cuda":
+                    torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - started)
             found.append(2 * rows * inner * outer / statistics.median(seconds[1:]))
     return {"seconds": [], "tokens": [], "loss": 0.0, "gflops": statistics.mean(found) / 1e9}
@@ -289,6 +314,7 @@ PEERS = {
     "trainer_decoder": trainer_decoder,
     "trainer_encoder": trainer_encoder,
     "trainer_seq2seq": trainer_seq2seq,
+    "trainer_t5": trainer_t5,
     "litgpt": litgpt,
     "ceiling": ceiling,
 }
@@ -300,13 +326,17 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="JSON with sizes and token ids")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--grouped", action="store_true", help="rows of like length in a batch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    print(json.dumps(PEERS[args.peer](args, json.loads(args.work.read_text()))), flush=True)
+    found = PEERS[args.peer](args, json.loads(args.work.read_text()))
+    if args.device == "cuda":
+        found["peak_device_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Shape legend, the same letters in every file (a tensor's suffix is its shape, ``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -210,8 +210,13 @@ class Batch:
 
     def to(self, where: device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
-        moved: Batch = _moved(self, where, non_blocking)
+        moved: Batch = _mapped(self, lambda tensor: tensor.to(where, non_blocking=non_blocking))
         return moved
+
+    def pinned(self) -> Batch:
+        """The same batch in memory that a GPU copies from while it computes."""
+        pinned: Batch = _mapped(self, lambda tensor: tensor.pin_memory())
+        return pinned
 
 
 def _n_tokens(side: Batch | Tokens) -> int:
@@ -220,15 +225,15 @@ def _n_tokens(side: Batch | Tokens) -> int:
     return int((side.document_ids != NO_DOCUMENT).sum())
 
 
-def _moved(group: Any, where: device | str, non_blocking: bool) -> Any:
-    """A dataclass with its tensors, and those of dataclasses in it, on another device."""
+def _mapped(group: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A dataclass with its tensors, and those of dataclasses in it, changed."""
     changes = {}
     for field in fields(group):
         value = getattr(group, field.name)
         if is_dataclass(value):
-            changes[field.name] = _moved(value, where, non_blocking)
+            changes[field.name] = _mapped(value, change)
         elif hasattr(value, "to"):
-            changes[field.name] = value.to(where, non_blocking=non_blocking)
+            changes[field.name] = change(value)
     return replace(group, **changes)
 
 

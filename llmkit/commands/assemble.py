@@ -242,8 +242,15 @@ def train_batches(
     """This rank's share of the training rows, in an order that no number of ranks changes."""
     rank, world_size = accelerator.process_index, accelerator.num_processes
     check_enough(order.n_samples, global_batch_size(engine, world_size), of_task=work.command == "finetune")
+    if accelerator.device.type == "cuda":
+        collate = in_pinned_memory(collate)
     sizes = engine.micro_batch_size, engine.grad_accum_steps
     return TrainBatches(work.train, order, collate, *sizes, rank, world_size)
+
+
+def in_pinned_memory(collate: Collate) -> Collate:
+    """The same batches where a GPU can fetch them by itself; made by the thread that reads ahead."""
+    return lambda rows: collate(rows).pinned()
 
 
 def eval_sets(

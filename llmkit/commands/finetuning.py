@@ -40,6 +40,7 @@ from llmkit.models.hf import load_model
 from llmkit.models.hf.peft import load_adapter
 from llmkit.models.resize import make_room
 from llmkit.objectives.for_task import objective_for
+from llmkit.objectives.r_drop import has_dropout
 from llmkit.settings import TaskDataConfig
 from llmkit.task_interface import Prediction, Question, Task
 from llmkit.tokenizers.chat_template import with_template
@@ -302,6 +303,9 @@ def choose_trained(cfg: FinetuneConfig, model: Any, beginning: Beginning, checkp
     trained, n_all = trainable_report(model)
     if not trained:
         raise ConfigError("all of the model is frozen", where="freeze", fix="lower freeze.n_layers")
+    if cfg.loss.r_drop and not has_dropout(model):
+        what = "has no effect: nothing is dropped out, so that both passes are the same"
+        raise ConfigError(what, where="loss.r_drop", fix="leave it out, or take a model with dropout")
     log.info("%s of %s parameters are trained (%.2f %%)", f"{trained:,}", f"{n_all:,}", 100 * trained / n_all)
 
 

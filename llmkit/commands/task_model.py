@@ -30,6 +30,7 @@ from llmkit.task_interface import Prediction, Question, Task
 
 log = logging.getLogger("llmkit.models")
 
+_ANSWERS = {"text": "by writing", "class": "with a label", "span": "with a span of its text"}
 PLAIN_LOSS = LossConfig(label_smoothing=0.0, r_drop=0.0, chunk_size=None)
 
 
@@ -93,6 +94,9 @@ def open_task_model(
     kind = model.config.kind
     answers = task.answers(kind)
     check_head(task, model, answers, init)
+    if answers != "text":
+        settings = [word.partition("=")[0] for word in overrides if word.startswith("generation.")]
+        refuse_unused(overrides, settings, f"the model answers {_ANSWERS[answers]}, not by writing")
     if answers == "class":
         task = with_head_labels(task, model)
     usual = trained["data"]["seq_len"] if "task" in trained else None
@@ -147,8 +151,7 @@ def check_head(task: Task, model: Any, answers: str, init: str) -> None:
     have = "text" if head is None else head.config.kind
     if have == answers:
         return
-    shown = {"text": "by writing", "class": "with a label", "span": "with a span of its text"}
-    what = f"the model answers {shown[have]}, and {task.name} is answered {shown[answers]}"
+    what = f"the model answers {_ANSWERS[have]}, and {task.name} is answered {_ANSWERS[answers]}"
     raise ConfigError(what, where="init", fix=f"llmkit finetune task={task.name} init={init}, then use that run")
 
 

@@ -17,7 +17,7 @@ from llmkit.interfaces import IGNORE_INDEX, LossSum, Model
 from llmkit.objectives.chunks import auto_chunk_size
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 def problems(weight: float) -> list[tuple[str, str]]:
@@ -28,6 +28,12 @@ def problems(weight: float) -> list[tuple[str, str]]:
 def passes_twice(model: Model, weight: float) -> bool:
     """Whether a loss is to be taken from two passes: in training, when there is a weight."""
     return weight > 0 and bool(getattr(model, "training", False))
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether two passes of training can differ at all."""
+    values = [item for module in model.modules() for item in vars(module).items()]
+    return any(value > 0 for name, value in values if isinstance(value, float) and ("dropout" in name or name == "p"))
 
 
 def joined(one: LossSum, two: LossSum, divergence: Tensor, weight: float) -> LossSum:

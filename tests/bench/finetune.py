@@ -39,7 +39,8 @@ class Job:
     targets: tuple[str, str, str] | None = None  # line-aligned files: the other side of train, valid and test
 
 
-LORA = ("adapter=lora", "schedule.warmup_steps=10", "optim.lr=5e-4", "engine.micro_batch_size=4", "data.max_answers=1")
+LORA = ("adapter=lora", "schedule.warmup_steps=10", "optim.lr=5e-4", "engine.micro_batch_size=4", "data.max_answers=1",
+        "engine.max_epochs=1", "engine.eval_every=null")  # fmt: skip
 JOBS = {
     "sst2": Job(
         "sentiment", "sentiment/sst2.train.jsonl", "sentiment/sst2.valid.jsonl", "sentiment/sst2.test.jsonl",
@@ -48,8 +49,8 @@ JOBS = {
     ),
     "policyqa": Job(
         "qa", "qa/policyqa.train.json", "qa/policyqa.valid.json", "qa/policyqa.valid.json",
-        ("engine.max_epochs=2", "engine.micro_batch_size=16", "optim.lr=1e-4", "data.max_answers=100",
-         "engine.eval_every=260"),
+        ("engine.max_epochs=1", "engine.micro_batch_size=16", "optim.lr=1e-4", "data.max_answers=1",
+         "engine.eval_every=null"),
         both=("data.seq_len=384",), peer=True,
     ),
     "multi30k": Job(
@@ -69,17 +70,16 @@ JOBS = {
     ),
     "scitldr": Job(
         "summarization", "summarization/scitldr.train.jsonl", "summarization/scitldr.valid.jsonl",
-        "summarization/scitldr.test.jsonl", (*LORA, "engine.max_steps=120", "engine.eval_every=60"),
+        "summarization/scitldr.test.jsonl", (*LORA, "data.max_rows=240"),
         ("data.max_rows=100", "generation.max_new_tokens=48"), both=("data.seq_len=512",),
     ),
     "mbpp": Job(
-        "code", "code/mbpp.train.jsonl", "code/mbpp.valid.jsonl", "code/mbpp.test.jsonl",
-        (*LORA, "engine.max_epochs=2", "engine.max_steps=null", "engine.eval_every=90"),
+        "code", "code/mbpp.train.jsonl", "code/mbpp.valid.jsonl", "code/mbpp.test.jsonl", LORA,
         ("data.max_rows=100", "task.run_code=true", "generation.max_new_tokens=160"), both=("data.seq_len=512",),
     ),
     "dolly": Job(
         "chat", "chat/dolly.train.jsonl", "chat/dolly.valid.jsonl", "chat/dolly.valid.jsonl",
-        (*LORA, "engine.max_epochs=1", "engine.eval_every=75"), ("data.max_rows=20",), both=("data.seq_len=512",),
+        (*LORA, "data.max_rows=240"), ("generation.max_new_tokens=96",), both=("data.seq_len=512",),
     ),
 }  # fmt: skip
 

@@ -35,7 +35,7 @@ def decoder(d_model: int, n_layers: int, n_heads: int, vocab: int, seq_len: int,
     command = (
         *DECODER, f"model.d_model={d_model}", f"model.n_layers={n_layers}", f"model.n_heads={n_heads}",
         f"model.max_seq_len={seq_len}", f"data.seq_len={seq_len}", f"engine.micro_batch_size={tokens // seq_len}",
-        f"tokenizer.vocab_size={vocab}", *words,
+        f"tokenizer.vocab_size={vocab}", *(words or ("data=python_docs",)),
     )  # fmt: skip
     return Work(sizes, command, ())
 
@@ -80,7 +80,7 @@ def by_corpus(args: argparse.Namespace, root: Path) -> None:
     for megabytes in args.megabytes:
         text = root / f"{megabytes}mb.txt"
         write_corpus(text, megabytes)
-        work = decoder(256, 4, 4, 4096, 256, TOKENS_A_STEP, f"data.path={text}", "data=files")
+        work = decoder(256, 4, 4, 4096, 256, TOKENS_A_STEP, "data=files", f"data.path={text}")
         print(json.dumps({"growth": "corpus", "megabytes": megabytes, **measure(work, args, root)}), flush=True)
         text.unlink()
 

@@ -34,7 +34,7 @@ from typing import Any
 
 LOOP = ("engine.log_every=1", "engine.eval_every=null", "engine.save_every=null", "schedule=constant",
         "schedule.warmup_steps=0", "callbacks=none", "tracking.wandb.mode=disabled")  # fmt: skip
-DECODER = ("pretrain", "model=gpt2", "model.dropout=0.0", "data=python_docs", "data.val_fraction=0", "optim.lr=1e-3")
+DECODER = ("pretrain", "model=gpt2", "model.dropout=0.0", "data.val_fraction=0", "optim.lr=1e-3")
 Run = dict[str, Any]
 
 

@@ -334,6 +334,17 @@ def test_patience_ends_a_run_for_good(place: Place, capsys: pytest.CaptureFixtur
     assert json.loads((place.run("patient") / "result.json").read_text())["step"] == 5
 
 
+def test_settings_that_change_nothing_are_refused(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two passes without dropout, and beams for a model that answers with a label."""
+    new = ("model=gpt2", "model.d_model=32", "model.n_heads=2", "model.dropout=0.0", "loss.r_drop=1")
+    assert place.finetune("translation", None, "same", *new, "tokenizer=bpe", "tokenizer.vocab_size=300") == 2
+    assert "loss.r_drop" in capsys.readouterr().err
+    run = place.done("sentiment", "encoder")
+    for command, more in (("evaluate", ("task=sentiment",)), ("predict", ("--text", "fine"))):
+        assert main([command, *more, f"init={run}", "generation.n_beams=2"]) == 2
+        assert "the model answers with a label, not by writing" in capsys.readouterr().err
+
+
 def test_a_run_goes_on_with_its_own_settings_only(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     run = place.done("sentiment", "encoder")
     assert place.finetune("sentiment", "encoder", run.name, "optim.lr=1e-3") == 2

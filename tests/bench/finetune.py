@@ -59,7 +59,7 @@ JOBS = {
         ("model=bart", "model.n_layers=3", "model.max_seq_len=128", "model.norm_position=pre",
          "model.embedding_norm=false", "tokenizer=bpe", "tokenizer.vocab_size=8192", "loss.label_smoothing=0.1",
          "optim=muon", "optim.lr=1e-2", "optim.adamw_lr=3e-3", "schedule.warmup_steps=60", "model.dropout=0.0",
-         "schedule.min_lr_ratio=0.02", "engine.max_epochs=4.8", "engine.micro_batch_size=64",
+         "schedule.min_lr_ratio=0.02", "engine.max_epochs=4", "engine.micro_batch_size=64",
          "engine.eval_every=null", "data.max_answers=1"),
         ("generation.n_beams=4", "generation.max_new_tokens=80"),
         both=("task.source=en", "task.target=de"), peer=True,
@@ -70,16 +70,16 @@ JOBS = {
     ),
     "scitldr": Job(
         "summarization", "summarization/scitldr.train.jsonl", "summarization/scitldr.valid.jsonl",
-        "summarization/scitldr.test.jsonl", (*LORA, "data.max_rows=240"),
+        "summarization/scitldr.test.jsonl", (*LORA, "data.max_rows=160"),
         ("data.max_rows=100", "generation.max_new_tokens=48"), both=("data.seq_len=512",),
     ),
     "mbpp": Job(
-        "code", "code/mbpp.train.jsonl", "code/mbpp.valid.jsonl", "code/mbpp.test.jsonl", LORA,
+        "code", "code/mbpp.train.jsonl", "code/mbpp.valid.jsonl", "code/mbpp.test.jsonl", (*LORA, "data.max_rows=240"),
         ("data.max_rows=100", "task.run_code=true", "generation.max_new_tokens=160"), both=("data.seq_len=512",),
     ),
     "dolly": Job(
         "chat", "chat/dolly.train.jsonl", "chat/dolly.valid.jsonl", "chat/dolly.valid.jsonl",
-        (*LORA, "data.max_rows=240"), ("generation.max_new_tokens=96",), both=("data.seq_len=512",),
+        (*LORA, "data.max_rows=160"), ("generation.max_new_tokens=96",), both=("data.seq_len=512",),
     ),
 }  # fmt: skip
 

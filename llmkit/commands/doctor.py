@@ -41,6 +41,7 @@ EXTRAS = {
     "metrics": ("sacrebleu",),
     "parquet": ("pyarrow",),
     "zstd": ("zstandard",),
+    "tiktoken": ("tiktoken",),
 }
 
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")

@@ -10,6 +10,7 @@ no other pair of the list that makes the same piece ever occurs.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,13 @@ _SHORT_FORMS = "'(?:[sdmt]|ll|ve|re)"
 _GPT2 = rf"{_SHORT_FORMS}|{_WORDS}|\s++$|\s+(?!\S)|\s"
 # Digits are taken out first, so that spaces before one are the end of a text of their own.
 _AFTER_DIGITS = rf"{_SHORT_FORMS}|{_WORDS}|\s++$|\s+(?![^\s\p{{N}}])|\s"
+# The expressions of GPT-4, Llama 3 and Qwen 2. Of another one it is not known that every character falls into a word.
+_SPLITS = [
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    + digits
+    + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for digits in (r"\p{N}", r"\p{N}{1,3}")
+]
 _PLAIN = {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")}
 # Runs on which tiktoken is slow, or stops; and planes of rare scripts, in which versions of Unicode differ.
 _UNSURE = re.compile("\\s{500}|\\S{2000}|[\U00010000-\U0001efff\U0001fb00-\U0001ffff\U0002a6e0-\U0010ffff]")
@@ -55,7 +63,7 @@ def byte_pairs(content: Mapping[str, Any], backend: Backend, silent: Iterable[in
         from tiktoken import Encoding
     except ImportError:
         return None
-    ranks = _ranks(content["model"], backend)
+    ranks = _ranks(content, backend)
     if ranks is None or not set(silent).isdisjoint(ranks.values()):
         return None
     return BytePairs(Encoding("llmkit", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}))
@@ -72,7 +80,7 @@ def _pattern(content: Mapping[str, Any]) -> str | None:
     """What the pre-tokenizer calls a word, as an expression of tiktoken's."""
     step = content.get("pre_tokenizer") or {}
     steps = list(step.get("pretokenizers", ())) if step.get("type") == "Sequence" else [step]
-    if content["model"].get("type") != "BPE" or steps[-1].get("type") != "ByteLevel":
+    if content["model"].get("type") != "BPE" or not steps or steps[-1].get("type") != "ByteLevel":
         return None
     *before, last = steps
     if last.get("add_prefix_space"):
@@ -90,11 +98,16 @@ def _pattern(content: Mapping[str, Any]) -> str | None:
     split = before[0]
     pattern = split.get("pattern", {}).get("Regex")
     whole = split.get("behavior") == "Isolated" and not split.get("invert")
-    return pattern if whole and isinstance(pattern, str) else None
+    return pattern if whole and pattern in _SPLITS else None
 
 
-def _ranks(model: Mapping[str, Any], backend: Backend) -> dict[bytes, int] | None:
-    """The ids of the bytes and of what the pairs make, if those meet the conditions above."""
+def _ranks(content: Mapping[str, Any], backend: Backend) -> dict[bytes, int] | None:
+    """The ids of the bytes and of what the pairs make, if those meet the conditions above.
+
+    Of a model that takes words it knows without joining them, all pieces have to be among these: ``tiktoken`` does it
+    too, and the conditions are those of the model without that rule.
+    """
+    model = content["model"]
     vocabulary: dict[str, int] = model["vocab"]
     byte_of = _bytes_of_characters()
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
@@ -103,9 +116,14 @@ def _ranks(model: Mapping[str, Any], backend: Backend) -> dict[bytes, int] | Non
         return None
     ids = [vocabulary[piece] for piece in made]
     reached = {*byte_of, *made}
-    if ids != sorted(ids) or (model.get("ignore_merges") and reached != vocabulary.keys()):
+    joining = backend
+    if model.get("ignore_merges"):
+        if reached != vocabulary.keys():
+            return None
+        joining = type(backend).from_str(json.dumps({**content, "model": {**model, "ignore_merges": False}}))
+    if ids != sorted(ids):
         return None
-    if any([token.id for token in backend.model.tokenize(piece)] != [vocabulary[piece]] for piece in reached):
+    if any([token.id for token in joining.model.tokenize(piece)] != [vocabulary[piece]] for piece in reached):
         return None
     return {bytes(map(byte_of.__getitem__, piece)): vocabulary[piece] for piece in reached}
 

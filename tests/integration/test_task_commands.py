@@ -13,7 +13,8 @@ import torch
 from llmkit.cli import main
 from tests.integration.task_place import N_ROWS, PROMPTS, Place, opened_model, row_of
 
-QUIET = ["engine.n_threads=1", "engine.device=cpu", "generation.max_new_tokens=4"]
+QUIET = ["engine.n_threads=1", "engine.device=cpu"]
+SHORT = [*QUIET, "generation.max_new_tokens=4"]  # replies; answers are as short as in the run
 Said = pytest.CaptureFixture[str]
 
 
@@ -132,7 +133,7 @@ def test_a_conversation(place: Place, kind: str, monkeypatch: pytest.MonkeyPatch
     """A line is answered by a line; /new forgets, so that the same question has the same answer; /quit ends."""
     run = place.done("chat", kind)
     typed(monkeypatch, "say 1", "", "/new", "say 1", "/quit", "say 2")
-    out = ask(capsys, "chat", f"init={run}", *QUIET)
+    out = ask(capsys, "chat", f"init={run}", *SHORT)
     assert out.count("\n") >= 2
     assert out[: len(out) // 2] == out[len(out) // 2 :]
 
@@ -141,13 +142,13 @@ def test_a_conversation_that_outgrows_the_model(place: Place, monkeypatch: pytes
     """The oldest turns are left out, then the end of a message, with a warning; what leaves no room is forgotten."""
     run = place.done("chat", "decoder")
     typed(monkeypatch, *["say 1"] * 4, "what? " * 40, "say 2")
-    assert main(["chat", f"init={run}", "system='be kind'", *QUIET]) == 0
+    assert main(["chat", f"init={run}", "system='be kind'", *SHORT]) == 0
     said = capsys.readouterr()
     assert "the oldest first, are not read" in said.err
     assert "cannot be answered" not in said.err
     assert said.out.count("\n") >= 6
     typed(monkeypatch, "say 1")
-    assert main(["chat", f"init={run}", f"system='{'be kind ' * 40}'", *QUIET]) == 0
+    assert main(["chat", f"init={run}", f"system='{'be kind ' * 40}'", *SHORT]) == 0
     assert capsys.readouterr().err.count("cannot be answered") == 1
 
 

@@ -103,6 +103,7 @@ def _pairs_of(content: dict[str, Any]) -> BytePairs | None:
         {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
         {"pre_tokenizer": {"type": "WhitespaceSplit"}},
         {"pre_tokenizer": None},
+        {"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}},
     ],
 )
 def test_other_rules_are_left_to_tokenizers(change: dict[str, Any]) -> None:
@@ -127,6 +128,33 @@ def test_a_piece_that_its_pairs_never_reach() -> None:
     assert _pairs_of(content | {"model": model}) is None
     reachable = model | {"merges": [["a", "b"], ["b", "c"], ["ab", "c"]]}
     assert _pairs_of(content | {"model": reachable}) is not None
+
+
+def test_words_that_are_taken_whole() -> None:
+    """As Llama 3 does: the pairs have to reach every piece all the same."""
+    content, _ = _trained("gpt2")
+    vocabulary = {piece: i - 1 for piece, i in content["model"]["vocab"].items() if i}  # without the end token
+    plain = content | {"added_tokens": []}
+    whole = content["model"] | {"vocab": vocabulary, "ignore_merges": True}
+    fast = _pairs_of(plain | {"model": whole})
+    backend = tokenizers.Tokenizer.from_str(json.dumps(plain | {"model": whole}))
+    assert fast is None  # of which id 0, a letter now, is said to be silent
+    fast = byte_pairs(plain | {"model": whole}, backend, ())
+    assert fast is not None
+    for text in [*strings(), *documents()[:5]]:
+        assert fast.encode(text) in (None, backend.encode(text, add_special_tokens=False).ids)
+    n = len(vocabulary)
+    zq = vocabulary | {"zq": n, "qz": n + 1, "qzq": n + 2}
+    other = whole | {"vocab": zq, "merges": [*whole["merges"], ["z", "q"], ["q", "z"], ["qz", "q"]]}
+    assert byte_pairs(plain | {"model": other}, backend, ()) is None  # q and zq come first
+
+
+def test_a_split_that_may_leave_characters_out() -> None:
+    content, _ = _trained("llama")
+    changed = json.loads(json.dumps(content))
+    changed["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\p{N}+"
+    assert _pairs_of(content) is not None
+    assert _pairs_of(changed) is None
 
 
 def test_ids_in_another_order_than_the_pairs() -> None:

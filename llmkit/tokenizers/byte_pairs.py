@@ -32,8 +32,10 @@ _SPLITS = [
     for digits in (r"\p{N}", r"\p{N}{1,3}")
 ]
 _PLAIN = {"dropout": (None, 0), "continuing_subword_prefix": (None, ""), "end_of_word_suffix": (None, "")}
-# Runs on which tiktoken is slow, or stops; and planes of rare scripts, in which versions of Unicode differ.
-_UNSURE = re.compile("\\s{500}|\\S{2000}|[\U00010000-\U0001efff\U0001fb00-\U0001ffff\U0002a6e0-\U0010ffff]")
+# Words and gaps that are not long: on others tiktoken is slow, or stops.
+_SHORT_RUNS = re.compile(r"\s{0,499}(?:\S{1,1999}+(?:\s{1,499}+|\Z))*+\Z")
+# Planes of rare scripts, in which versions of Unicode differ.
+_RARE = re.compile("[\U00010000-\U0001efff\U0001fb00-\U0001ffff\U0002a6e0-\U0010ffff]")
 
 
 class BytePairs:
@@ -44,7 +46,7 @@ class BytePairs:
 
     def encode(self, text: str) -> list[int] | None:
         """The ids of ``text``, or None where ``tokenizers`` is the better choice. Raises UnicodeEncodeError."""
-        if _UNSURE.search(text):
+        if not _SHORT_RUNS.match(text) or not (text.isascii() or _RARE.search(text) is None):
             return None
         text.encode()  # tiktoken would replace half a character in silence
         ids: list[int] = self._encoding.encode_ordinary(text)

@@ -32,8 +32,8 @@ PEERS = {
     "accelerate launch --help": ("-m", "accelerate.commands.launch", "--help"),
     "from transformers import Trainer": ("-c", "from transformers import Trainer"),
 }
-STEP = ("pretrain", "recipe=gpt_tiny", "engine.max_steps=1", "engine.log_every=1", "engine.eval_every=null",
-        "callbacks=none", "tracking.wandb.mode=disabled")  # fmt: skip
+STEP = ("pretrain", "recipe=gpt_tiny", "engine.max_steps=1", "schedule.warmup_steps=0", "engine.log_every=1",
+        "engine.eval_every=null",        "callbacks=none", "tracking.wandb.mode=disabled")  # fmt: skip
 
 
 def seconds_of(words: tuple[str, ...]) -> float:

@@ -89,7 +89,9 @@ def test_unsure_texts_are_left_to_tokenizers(pair: tuple[BytePairs, Any]) -> Non
     assert None not in map(fast.encode, ["漢字かな", "\U0001f600", "\U00020000", "ü \ufffd"])
     assert fast.encode("a" + " " * 500 + "b") is None
     assert fast.encode("word " * 3 + "x" * 2000) is None
-    assert fast.encode("a" + " " * 499 + "b") is not None
+    assert fast.encode("a" + " \n" * 250) is None
+    for text in ("a" + " " * 499 + "b", " " * 499, "x" * 1999, "", "\n" * 499 + "x" * 1999 + " " * 499):
+        assert fast.encode(text) is not None
 
 
 def _pairs_of(content: dict[str, Any]) -> BytePairs | None:

@@ -46,7 +46,7 @@ class BytePairs:
 
     def encode(self, text: str) -> list[int] | None:
         """The ids of ``text``, or None where ``tokenizers`` is the better choice. Raises UnicodeEncodeError."""
-        if not _SHORT_RUNS.match(text) or not (text.isascii() or _RARE.search(text) is None):
+        if not _SHORT_RUNS.match(text) or (not text.isascii() and _RARE.search(text)):
             return None
         text.encode()  # tiktoken would replace half a character in silence
         ids: list[int] = self._encoding.encode_ordinary(text)

@@ -26,11 +26,11 @@ from pathlib import Path
 from llmkit.config.build import build
 from llmkit.config.compose import compose
 from llmkit.data.prepare import prepare
-from llmkit.data.readers.base import Document, chunks_of, read_chunk
 from llmkit.data.sampler import SampleOrder
 from llmkit.settings import DataConfig
 from llmkit.tokenizers.load import load_tokenizer
 from llmkit.tokenizers.report import tokenizer_report
+from tests.bench.corpus import embedded
 
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -44,10 +44,7 @@ def settings(path: Path, cache: Path, n_workers: int) -> tuple[DataConfig, dict[
 
 def documents(n_bytes: int) -> Iterator[str]:
     """Documents of two to twelve paragraphs of the embedded corpus, about ``n_bytes`` of them."""
-    data, _ = settings(Path("-"), Path("-"), 1)
-    rows = (row for chunk in chunks_of(["builtin:python_docs"], 1 << 24) for row in read_chunk(chunk, data))
-    texts = [row.text for row in rows if isinstance(row, Document)]
-    paragraphs = [part for text in texts for part in text.split("\n\n") if len(part) > 20]
+    paragraphs = [part for text in embedded("python_docs") for part in text.split("\n\n") if len(part) > 20]
     draw = random.Random(0)
     written = 0
     while written < n_bytes:

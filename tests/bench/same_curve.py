@@ -20,6 +20,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.bench.corpus import embedded
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 SEQ_LEN, BATCH, RATE, N_LAST = 128, 8, 1e-3, 50
@@ -32,13 +34,7 @@ TRAINING = (f"engine.micro_batch_size={BATCH}", f"optim.lr={RATE}", "schedule=co
 
 def write_text(path: Path, n_bytes: int) -> None:
     """One document out of the embedded corpus."""
-    from llmkit.config.compose import compose
-    from llmkit.data.readers.base import Document, chunks_of, read_chunk
-    from llmkit.settings import DataConfig
-
-    data = DataConfig(**compose("prepare", ["data=python_docs"], None).plain["data"])
-    rows = (row for chunk in chunks_of(["builtin:python_docs"], 1 << 24) for row in read_chunk(chunk, data))
-    text = "\n\n".join(row.text for row in rows if isinstance(row, Document))
+    text = "\n\n".join(embedded("python_docs"))
     path.write_bytes(text.encode()[:n_bytes].decode(errors="ignore").encode())
 
 

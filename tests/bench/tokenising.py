@@ -24,10 +24,9 @@ from typing import Any
 from llmkit.config.build import build
 from llmkit.config.compose import compose
 from llmkit.data.passes import BATCH_BYTES
-from llmkit.data.readers.base import Document, chunks_of, read_chunk
 from llmkit.data.workers import Workers
-from llmkit.settings import DataConfig
 from llmkit.tokenizers.load import load_tokenizer
+from tests.bench.corpus import embedded
 
 DOCUMENT = 4000  # characters
 VOCAB_SIZE = 8192
@@ -35,14 +34,10 @@ Way = Callable[[], Any]
 
 
 def documents(megabytes: float) -> list[str]:
-    data = DataConfig(**compose("prepare", ["data=python_docs"], None).plain["data"])
-    paths = ["builtin:python_source", "builtin:python_docs"]
-    rows = (row for chunk in chunks_of(paths, 1 << 24) for row in read_chunk(chunk, data))
     found, left = [], int(megabytes * 1e6)
-    for row in rows:
-        if isinstance(row, Document):
-            found += [row.text[i : i + DOCUMENT] for i in range(0, len(row.text), DOCUMENT)]
-            left -= len(row.text.encode())
+    for text in embedded("python_source", "python_docs"):
+        found += [text[i : i + DOCUMENT] for i in range(0, len(text), DOCUMENT)]
+        left -= len(text.encode())
         if left <= 0:
             break
     return found
